@@ -1,0 +1,27 @@
+"""What every test relies on: eight virtual CPU devices, and the folder of published weights where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Both are read when JAX starts its backend, so they must stand before any test imports jax.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+# XLA's thread pool on a CPU has as many threads as there are cores or devices, whichever is more. A device that waits
+# for others in two collectives at once (of two towers, say) blocks two of them, and with none left all wait for ever.
+os.environ.setdefault("NPROC", "64")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def weights_folder() -> Path:
+    """The folder of published weights, or the one ``VLA_JAX_TEST_WEIGHTS`` names; the test is skipped without it."""
+    given = os.environ.get("VLA_JAX_TEST_WEIGHTS")
+    folder = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "weights"
+    if not folder.is_dir():
+        pytest.skip(f"no published weights in {folder}; set VLA_JAX_TEST_WEIGHTS to a folder that holds them")
+    return folder

@@ -1,0 +1,156 @@
+"""What every adapter method has, and the initialisers and activations that several of them use."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vla_jax.errors import UserError, unknown
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "swish", "identity"]
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "swish": jax.nn.swish,
+    "identity": lambda x: x,
+}
+
+# Uniform within 1/sqrt(fan in): what torch's Linear and peft's lora_A start from.
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Method(abc.ABC):
+    """An adapter method: a frozen dataclass of its settings.
+
+    Attributes:
+        kind: the method's name in configurations, checkpoints and messages.
+        slots: where it may sit.
+        joint: whether it takes both towers' streams instead of one slot's input and output.
+    """
+
+    kind: ClassVar[str]
+    slots: ClassVar[tuple[str, ...]]
+    joint: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def module(self) -> nn.Module:
+        """The module for one example and one layer.
+
+        Made with ``parent=None``, since it is applied inside a backbone's own module. It is called as
+        ``module(x, y) -> y'`` with ``[tokens, width]`` arrays (a joint method:
+        ``module(image, text, words) -> (image', text')``) and given a ``dropout`` key in training.
+        """
+
+    @abc.abstractmethod
+    def parameter_count(self, in_width: int, out_width: int) -> int:
+        """Parameters of one layer at a slot of these widths (joint: towers of these widths), in closed form."""
+
+    @property
+    @abc.abstractmethod
+    def starts_as_identity(self) -> bool:
+        """Whether a new adapter returns y bit for bit."""
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether training needs a dropout key."""
+        return False
+
+    def with_rank(self, rank: int) -> Self:
+        """The same method with another rank."""
+        fields = {"rank": rank} | ({"reduction": None} if hasattr(self, "reduction") else {})
+        return dataclasses.replace(self, **fields)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON-able values, with the method's kind."""
+        return {"kind": self.kind} | dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sized:
+    """The width of a bottleneck, given as it is or as a share of the stream it sits in.
+
+    Attributes:
+        rank: the bottleneck's width.
+        reduction: the stream's width over the bottleneck's; used where ``rank`` is None.
+    """
+
+    rank: int | None = None
+    reduction: int | None = 16
+
+    def __post_init__(self):
+        if self.rank is None and self.reduction is None:
+            raise UserError("give either rank or reduction; both are None")
+        for name in ("rank", "reduction"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+
+    def rank_for(self, width: int) -> int:
+        """The bottleneck's width in a stream of this width."""
+        if self.rank is not None:
+            return self.rank
+        if self.reduction > width:
+            raise UserError(f"reduction {self.reduction} leaves nothing of a width of {width}; give a rank instead")
+        return width // self.reduction
+
+
+def check_activation(name: str) -> None:
+    """Raises a :class:`UserError` for an activation that does not exist."""
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method of this package by its kind, found by looking through the package's files."""
+    import vla_jax.adapters as package
+
+    found: dict[str, type[Method]] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        contents = vars(importlib.import_module(f"{package.__name__}.{module.name}"))
+        for value in contents.values():
+            if inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value):
+                found[value.kind] = value
+    return dict(sorted(found.items()))
+
+
+def method_from_description(description: Mapping[str, Any]) -> Method:
+    """The method that :meth:`Method.describe` described."""
+    settings = dict(description)
+    kind = settings.pop("kind", None)
+    known = methods()
+    if kind not in known:
+        raise unknown("adapter method", str(kind), known)
+    allowed = [field.name for field in dataclasses.fields(known[kind])]
+    for name in settings:
+        if name not in allowed:
+            raise unknown(f"setting of {kind}", name, allowed)
+    return known[kind](**settings)
+
+
+class Linear(nn.Module):
+    """A linear map in the dtype of its input, over float32 parameters."""
+
+    features: int
+    kernel_init: Callable[..., jax.Array] = uniform_fan_in
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., in]`` to ``[..., features]``."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(x.dtype)
+        return y

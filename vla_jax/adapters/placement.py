@@ -1,0 +1,106 @@
+"""Where an adapter goes, as a value: towers, slots, layers, ranks, tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vla_jax.adapters.base import Method, method_from_description
+from vla_jax.errors import UserError, unknown
+from vla_jax.slots import SLOTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A method and the places it occupies.
+
+    Attributes:
+        method: what sits there.
+        name: the adapter's name, the first part of its parameters' names.
+        towers: the towers it sits in; a joint method takes both.
+        slots: the slots it sits in; empty for the method's own choice where it has only one.
+        layers: which layers, in the notation of :mod:`vla_jax.adapters.layers`. For a joint method they count the pairs
+            of blocks from the bottom: as many pairs as the shallower tower has blocks, evenly spread over the other.
+        pairs: for a joint method, the pairs of (vision layer, text layer) themselves, instead of ``layers``.
+        ranks: an ordered table of (pattern, rank): the first pattern that matches the whole of a site's name, such as
+            ``vision/mlp_out/3``, sets the rank there.
+        tied: whether the towers share one set of weights.
+        tasks: names of the tasks that each have weights of their own, picked by each example's route; empty for one
+            set of weights for all examples.
+    """
+
+    method: Method
+    name: str = "adapter"
+    towers: tuple[str, ...] = ("vision", "text")
+    slots: tuple[str, ...] = ()
+    layers: str = "all"
+    pairs: tuple[tuple[int, int], ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
+    tied: bool = False
+    tasks: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
+            raise UserError(f"adapter name {self.name!r} must be made of letters, digits, '_', '.' and '-'")
+        if not self.slots:
+            if len(self.method.slots) != 1:
+                allowed = ", ".join(self.method.slots)
+                raise UserError(f"adapter {self.name!r} ({self.method.kind}) needs slots; it may sit in {allowed}")
+            object.__setattr__(self, "slots", self.method.slots)
+        for slot in self.slots:
+            if slot not in SLOTS:
+                raise unknown("slot", slot, SLOTS)
+            if slot not in self.method.slots:
+                allowed = ", ".join(self.method.slots)
+                raise UserError(f"{self.method.kind} cannot sit in slot {slot!r}; it may sit in {allowed}")
+        if not self.towers:
+            raise UserError(f"adapter {self.name!r} names no tower")
+        for kind, values in (("towers", self.towers), ("slots", self.slots), ("tasks", self.tasks)):
+            if len(set(values)) < len(values):
+                raise UserError(f"{kind} of adapter {self.name!r} name something twice: {', '.join(values)}")
+        if self.method.joint and self.tied:
+            raise UserError(
+                "a joint method shares weights between towers by its own setting, shared; tied is for others"
+            )
+        if self.pairs and not self.method.joint:
+            raise UserError(f"pairs are for joint methods; {self.method.kind} takes layers")
+        for pattern, rank in self.ranks:
+            if rank < 1:
+                raise UserError(f"rank {rank} for {pattern!r} must be at least 1")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"rank pattern {pattern!r} is not a regular expression: {error}") from None
+
+    def method_at(self, site: str) -> Method:
+        """The method with the rank that the table gives to a site."""
+        for pattern, rank in self.ranks:
+            if re.fullmatch(pattern, site):
+                return self.method.with_rank(rank)
+        return self.method
+
+    def describe(self) -> dict[str, Any]:
+        """The placement as JSON-able values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["pairs"] = [list(pair) for pair in self.pairs]
+        fields["ranks"] = [list(row) for row in self.ranks]
+        for name in ("towers", "slots", "tasks"):
+            fields[name] = list(fields[name])
+        return fields | {"method": self.method.describe()}
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Placement:
+        """The placement that :meth:`describe` described."""
+        fields = dict(description)
+        allowed = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in allowed:
+                raise unknown("field of a placement", name, allowed)
+        fields["method"] = method_from_description(fields["method"])
+        for name in ("towers", "slots", "tasks"):
+            fields[name] = tuple(fields.get(name, getattr(cls, name, ())))
+        for name in ("pairs", "ranks"):
+            fields[name] = tuple(tuple(row) for row in fields.get(name, ()))
+        return cls(**fields)

@@ -1,0 +1,1 @@
+"""Frozen transformers that call a slot wherever an adapter may sit."""

@@ -1,0 +1,141 @@
+"""Pictures into a backbone's normalised pixels: what its image processor does, with optional random crops and flips."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vla_jax.errors import UserError, unknown
+
+AUGMENTATIONS = ("none", "crop", "flip_crop")
+
+# What PIL raises on a file that is cut short, damaged or no picture at all.
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class UnreadablePicture(Exception):
+    """A picture that cannot be decoded; the pipeline names it, skips it and counts it."""
+
+
+class Preprocess:
+    """Turns one picture into float32 pixels ``[size, size, 3]`` as the backbone's image processor defines them.
+
+    The processor of ``transformers`` does the work; a uint8 picture that already has the right size takes a shorter way
+    of the same arithmetic, equal bit for bit and several times faster. Training may draw a random crop (and flip) in
+    place of the processor's resize and centre crop. A flip makes "left of" wrong: use ``"flip_crop"`` only where text
+    says nothing of sides.
+    """
+
+    def __init__(self, processor: Any, *, augment: str = "none", min_area: float = 0.9):
+        """Reads the processor's settings.
+
+        Args:
+            processor: a ``CLIPImageProcessorPil`` or another processor of transformers with the same settings.
+            augment: ``"none"``, ``"crop"`` (a random crop of ``min_area`` to 1 of the picture's area with a width to
+                height ratio of 3/4 to 4/3, resized; Szegedy et al. 2015, with OpenCLIP's 0.9 for captioned pictures)
+                or ``"flip_crop"`` (the same, then mirrored in half of the cases).
+            min_area: the smallest share of the area that a crop keeps.
+
+        Raises:
+            UserError: if the processor's output is not square, does not rescale and normalise, or ``augment`` is
+                unknown or ``min_area`` out of range.
+        """
+        if augment not in AUGMENTATIONS:
+            raise unknown("augmentation", augment, AUGMENTATIONS)
+        if not 0 < min_area <= 1:
+            raise UserError(f"min_area is the share of a picture's area that a crop keeps, in (0, 1]; given {min_area}")
+        if not (processor.do_resize and processor.do_rescale and processor.do_normalize):
+            raise UserError(
+                "the image processor must resize, rescale and normalise; set do_resize, do_rescale and do_normalize to "
+                "true in preprocessor_config.json"
+            )
+        self._processor = processor
+        self._augment = augment
+        self._min_area = min_area
+        resized = (processor.size.height or processor.size.shortest_edge, processor.size.width)
+        cropped = (processor.crop_size.height, processor.crop_size.width) if processor.do_center_crop else resized
+        if cropped[0] is None or cropped[0] != cropped[1]:
+            raise UserError(
+                "the image processor must give square pictures of one size; given "
+                f"size={dict(processor.size)}, crop_size={dict(processor.crop_size or {})}"
+            )
+        self.size = int(cropped[0])
+        # With another resize target than the crop, a picture of the crop's size is still resized: no short way.
+        self._resize_is_identity = resized[0] == self.size and resized[1] in (None, self.size)
+        # The processor's own order of operations and dtypes, so that both ways agree bit for bit.
+        self._levels = (np.arange(256) * processor.rescale_factor).astype(np.float32)
+        self._mean = np.asarray(processor.image_mean, np.float32)
+        self._std = np.asarray(processor.image_std, np.float32)
+
+    def __call__(self, picture: bytes | Image.Image | np.ndarray, generator: np.random.Generator | None = None) -> Any:
+        """Decodes and normalises one picture.
+
+        Args:
+            picture: an encoded file (PNG, JPEG and whatever else PIL reads), a PIL picture, or a uint8 array
+                ``[height, width]`` or ``[height, width, 1, 3 or 4]``. Grey and palette become RGB;
+                what is transparent becomes white, as in the processor.
+            generator: draws the augmentation; None (evaluation) leaves it out.
+
+        Returns:
+            float32 ``[size, size, 3]``.
+
+        Raises:
+            UnreadablePicture: if the picture cannot be decoded.
+            UserError: if ``picture`` is none of the above.
+        """
+        image = _decoded(picture)
+        if image.mode != "RGB" or "transparency" in image.info:
+            image = Image.fromarray(np.asarray(self._processor.convert_to_rgb(image)))
+        if generator is not None and self._augment != "none":
+            return self._normalise(self._augmented(image, generator))
+        if self._resize_is_identity and image.size == (self.size, self.size):
+            return self._normalise(np.asarray(image))
+        try:
+            pixels = self._processor(image, return_tensors="np")["pixel_values"][0]  # [3, size, size]
+        except ValueError as error:  # such as a picture one pixel high
+            raise UnreadablePicture(f"cannot be resized: {error}") from error
+        return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32)
+
+    def _normalise(self, pixels: np.ndarray) -> np.ndarray:
+        normalised = self._levels[pixels]
+        normalised -= self._mean
+        normalised /= self._std
+        return normalised
+
+    def _augmented(self, image: Image.Image, generator: np.random.Generator) -> np.ndarray:
+        width, height = image.size
+        area = width * height * generator.uniform(self._min_area, 1.0)
+        ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        crop_width = min(math.sqrt(area * ratio), width)
+        crop_height = min(math.sqrt(area / ratio), height)
+        left = generator.uniform(0, width - crop_width)
+        top = generator.uniform(0, height - crop_height)
+        box = (left, top, left + crop_width, top + crop_height)
+        pixels = np.asarray(image.resize((self.size, self.size), Image.Resampling(self._processor.resample), box=box))
+        if self._augment == "flip_crop" and generator.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return pixels
+
+
+def _decoded(picture: bytes | Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (1,), (3,), (4,)):
+            raise UserError(
+                f"a picture array is uint8 [height, width] or [height, width, 1, 3 or 4]; given {picture.dtype} "
+                f"{list(picture.shape)}"
+            )
+        return Image.fromarray(picture[..., 0] if picture.shape[2:] == (1,) else picture)
+    if not isinstance(picture, Image.Image | bytes):
+        raise UserError(f"a picture is the bytes of a file, a PIL picture or an array; given {type(picture).__name__}")
+    try:
+        image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
+        image.load()
+    except _DECODING_ERRORS as error:
+        raise UnreadablePicture(f"cannot be decoded: {error}") from error
+    return image

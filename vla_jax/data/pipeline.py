@@ -1,0 +1,384 @@
+"""The input pipeline: from a random-access source of examples to batches of arrays, on Grain.
+
+Training and evaluation differ in what must never happen, so they are two shapes of one :class:`Pipeline`:
+
+- training is endless, shuffled anew each epoch, and every batch is full. A picture that cannot be decoded is passed
+  over and the next example takes its row.
+- evaluation is one pass in the source's order in which every example has its row, on every process as many batches as
+  on the others. Rows without an example (the end of the last batch) and rows whose picture cannot be decoded repeat
+  another row and have ``valid`` false.
+
+Both count the pictures passed over, name them in the log, and end the run when their share is too large. This module
+does without JAX, so that worker processes start quickly; :mod:`vla_jax.data.batches` puts batches on the mesh.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from vla_jax.data.image import UnreadablePicture
+from vla_jax.errors import UserError, unknown
+
+_log = logging.getLogger(__name__)
+
+# Before this many examples a share says little: one bad picture among the first ten is 10 %.
+_ENOUGH_TO_JUDGE = 1000
+
+Row = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Examples by position: a TFDS data source, a list, or any object with these two methods that can be pickled."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+Transform = Callable[[Mapping[str, Any], np.random.Generator | None], Row]
+
+
+@dataclass(frozen=True)
+class TransformExample:
+    """Maps a raw example to a row of the batch: picture, text, label and route.
+
+    Attributes:
+        preprocess: the picture's transformation, :class:`vla_jax.data.image.Preprocess`.
+        tokenize: the text's transformation, :class:`vla_jax.data.text.Tokenize`.
+        image_key: the field that holds the picture.
+        text_key: the field that holds the text, or a list of texts of which training draws one and evaluation takes
+            the first.
+        label_key: the integer field that is the label; None gives every row the label -1.
+        route_key: the integer field that is the route; None gives every row ``route``.
+        route: the adapter (task) of all examples where no field says it; -1 is the bare backbone.
+    """
+
+    preprocess: Callable[[Any, np.random.Generator | None], np.ndarray]
+    tokenize: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    image_key: str = "image"
+    text_key: str = "text"
+    label_key: str | None = None
+    route_key: str | None = None
+    route: int = 0
+
+    def __call__(self, example: Mapping[str, Any], generator: np.random.Generator | None = None) -> Row:
+        """Makes the row: ``image``, ``tokens``, ``text_mask``, ``label`` and ``route`` of the batch contract.
+
+        Args:
+            example: the raw example.
+            generator: draws augmentation and caption in training; None in evaluation.
+
+        Raises:
+            UnreadablePicture: if the picture cannot be decoded.
+            UserError: if a field is missing.
+        """
+        text = _field(example, self.text_key)
+        if not isinstance(text, str | bytes):
+            if len(text) == 0:
+                raise UserError(f"an example's field {self.text_key!r} is an empty list; it needs at least one text")
+            text = text[0 if generator is None else int(generator.integers(len(text)))]
+        tokens, text_mask = self.tokenize(text.decode() if isinstance(text, bytes) else str(text))
+        label = -1 if self.label_key is None else _field(example, self.label_key)
+        route = self.route if self.route_key is None else _field(example, self.route_key)
+        return {
+            "image": self.preprocess(_field(example, self.image_key), generator),
+            "tokens": tokens,
+            "text_mask": text_mask,
+            "label": np.asarray(label, np.int32),
+            "route": np.asarray(route, np.int32),
+        }
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Batches of one process from a source; iterate over it, with :class:`BatchIterator` for position and count.
+
+    The stream of examples (order, augmentation) depends on the seed alone, and each process takes every
+    ``process_count``-th example of it: without unreadable pictures, the global batch of a step holds the same rows
+    however many processes share it.
+
+    A batch is what ``transform`` gives, stacked, with two more arrays: ``valid`` bool ``[batch]``, and ``index`` int32
+    ``[batch]``, the example's position in the source (-1 where ``valid`` is false), by which results find the fields
+    that stay on the host: ``source[index]``.
+
+    Attributes:
+        source: the examples.
+        transform: makes a row of an example, such as :class:`TransformExample`; must be picklable with workers.
+        batch_size: rows of a batch on all processes together.
+        training: endless, shuffled and augmented; or one pass in order.
+        seed: of shuffling and augmentation, in [0, 2**32).
+        workers: processes that read and decode; 0 does it in threads of this process. Training batches come in
+            another order with another number of workers.
+        max_bad_share: the share of unreadable pictures above which the run ends, judged from the first 1,000 examples
+            (or from one pass of a smaller source) on.
+        process_index: which share of the stream this is; None asks JAX.
+        process_count: how many share the stream; None asks JAX.
+
+    Raises:
+        UserError: for values out of range, an empty source, a batch that processes cannot share equally.
+    """
+
+    source: Source
+    transform: Transform
+    batch_size: int
+    training: bool
+    seed: int = 0
+    workers: int = 0
+    max_bad_share: float = 0.01
+    process_index: int | None = None
+    process_count: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.process_index is None) != (self.process_count is None):
+            raise UserError("process_index and process_count go together; give both or neither")
+        if self.process_count is None:
+            import jax
+
+            object.__setattr__(self, "process_index", jax.process_index())
+            object.__setattr__(self, "process_count", jax.process_count())
+        if not 0 <= self.process_index < self.process_count:
+            raise UserError(f"process_index {self.process_index} is not one of {self.process_count} processes")
+        if self.batch_size < 1 or self.batch_size % self.process_count:
+            raise UserError(
+                f"batch_size {self.batch_size} cannot be shared equally by {self.process_count} processes; give a "
+                "positive multiple of that"
+            )
+        if len(self.source) == 0:
+            raise UserError("the data source holds no example")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed} is out of range; allowed: 0 to 2**32 - 1")
+        if self.workers < 0:
+            raise UserError(f"workers {self.workers} is negative; allowed: 0 (threads of this process) or more")
+        if not 0 <= self.max_bad_share < 1:
+            raise UserError(f"max_bad_share {self.max_bad_share} is not a share; allowed: 0 up to, not including, 1")
+
+    @property
+    def local_batch_size(self) -> int:
+        """Rows of a batch on this process."""
+        return self.batch_size // self.process_count
+
+    def __len__(self) -> int:
+        """Batches of one pass over the source, a last incomplete one included; training goes on after them."""
+        return math.ceil(len(self.source) / self.batch_size)
+
+    def __iter__(self) -> BatchIterator:
+        return BatchIterator(self)
+
+    def _dataset(self) -> grain.IterDataset:
+        size = self.local_batch_size
+        share = slice(self.process_index, None, self.process_count)
+        threads = min(8, os.cpu_count() or 1)
+        # Randomness is drawn before the processes take their shares, so that it does not depend on their number.
+        if self.training:
+            examples = grain.MapDataset.source(_Numbered(self.source, len(self.source))).seed(self.seed)
+            rows = examples.shuffle().repeat().random_map(_Guarded(self.transform))[share]
+            reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size)
+            dataset = _FullBatches(rows.to_iter_dataset(reading), size)
+        else:
+            # Batches are made before the workers take their shares, so that only the last batch is incomplete.
+            examples = grain.MapDataset.source(_Numbered(self.source, len(self) * self.batch_size))
+            rows = examples.map(_Guarded(self.transform))[share]
+            batches = rows.batch(size, batch_fn=_FillBatch(self._first_readable()))
+            dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+        if self.workers:
+            if not flags.FLAGS.is_parsed():
+                # Grain hands its absl flags to the workers, and absl refuses before it has seen a command line.
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2)
+            )
+        return dataset
+
+    def _first_readable(self) -> Row:
+        """The row that fills the gaps of evaluation batches."""
+        rows = map(_Guarded(self.transform), _Numbered(self.source, min(len(self.source), _ENOUGH_TO_JUDGE)))
+        for row in rows:
+            if not isinstance(row, _Gap):
+                return row
+        raise UserError(f"none of the first {min(len(self.source), _ENOUGH_TO_JUDGE)} pictures can be decoded")
+
+
+class BatchIterator(Iterator[Row]):
+    """The batches of a :class:`Pipeline` on this process, as numpy arrays, with a state that can be saved.
+
+    Attributes:
+        seen: examples read so far, those passed over included.
+        skipped: examples passed over because their picture could not be decoded.
+    """
+
+    def __init__(self, pipeline: Pipeline):
+        """Starts at the beginning of the pipeline's stream."""
+        self._pipeline = pipeline
+        self._iterator = iter(pipeline._dataset())
+        self.seen = 0
+        self.skipped = 0
+
+    def __next__(self) -> Row:
+        """The next batch.
+
+        Raises:
+            StopIteration: at the end of an evaluation pass.
+            UserError: if the share of unreadable pictures is above the pipeline's ``max_bad_share``.
+        """
+        while True:
+            record = next(self._iterator)
+            self._account(int(record["seen"]), record["skipped"])
+            if record["batch"]:
+                return record["batch"]
+
+    def state(self) -> dict[str, Any]:
+        """Where the iterator stands, after the last batch it gave: JSON-able, one for each process."""
+        return {
+            "grain": self._iterator.get_state(),
+            "seen": self.seen,
+            "skipped": self.skipped,
+            "setup": self._setup(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes to where ``state`` was taken: the next batch is the one that followed it.
+
+        Raises:
+            UserError: if the state was taken with another setup (source length, batch size, seed, workers, processes).
+        """
+        mine, theirs = self._setup(), dict(state["setup"])
+        if changed := [key for key in mine if theirs.get(key) != mine[key]]:
+            shown = ", ".join(f"{key} was {theirs.get(key)!r} and is now {mine[key]!r}" for key in changed)
+            raise UserError(f"the data cannot go on from where it stopped: {shown}. Resume with the old value(s)")
+        self._iterator.set_state(state["grain"])
+        self.seen, self.skipped = int(state["seen"]), int(state["skipped"])
+
+    def close(self) -> None:
+        """Ends threads and worker processes; the iterator cannot be used any more."""
+        self._iterator.close()
+
+    def _setup(self) -> dict[str, Any]:
+        fields = ("batch_size", "training", "seed", "workers", "process_index", "process_count")
+        return {"examples": len(self._pipeline.source)} | {name: getattr(self._pipeline, name) for name in fields}
+
+    def _account(self, seen: int, skipped: Sequence[str]) -> None:
+        self.seen += seen
+        self.skipped += len(skipped)
+        for name in skipped:
+            _log.warning("passed over %s (%d of %d examples so far)", name, self.skipped, self.seen)
+        enough = min(_ENOUGH_TO_JUDGE, math.ceil(len(self._pipeline.source) / self._pipeline.process_count))
+        allowed = self._pipeline.max_bad_share * max(self.seen, enough)
+        if skipped and self.skipped > allowed:
+            raise UserError(
+                f"{self.skipped} of {self.seen} pictures cannot be decoded, the last of them {skipped[-1]}; at most "
+                f"{self._pipeline.max_bad_share:.2%} may be. Mend the data, or raise max_bad_share"
+            )
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """A row that is not there: the example cannot be read (and has a name), or lies behind the end."""
+
+    name: str | None
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """A source whose examples know their position, with empty places up to ``length``."""
+
+    source: Source
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[int, Mapping[str, Any] | None]:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return index, self.source[index] if index < len(self.source) else None
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    """The transformation of a numbered example, giving a gap where there is no picture."""
+
+    transform: Transform
+
+    def __call__(
+        self, numbered: tuple[int, Mapping[str, Any] | None], generator: np.random.Generator | None = None
+    ) -> Row | _Gap:
+        index, example = numbered
+        if example is None:
+            return _Gap(None)
+        try:
+            row = self.transform(example, generator)
+        except UnreadablePicture as error:
+            return _Gap(f"example {index} of the source: its picture {error}")
+        return row | {"valid": np.asarray(True), "index": np.asarray(index, np.int32)}
+
+
+@dataclass(frozen=True)
+class _FillBatch:
+    """Stacks the rows of an evaluation batch, with ``filler`` marked as not valid in every gap."""
+
+    filler: Row
+
+    def __call__(self, rows: Sequence[Row | _Gap]) -> dict[str, Any]:
+        filler = self.filler | {"valid": np.asarray(False), "index": np.asarray(-1, np.int32)}
+        return {
+            "batch": _stack([filler if isinstance(row, _Gap) else row for row in rows]),
+            "seen": sum(not isinstance(row, _Gap) or row.name is not None for row in rows),
+            "skipped": [row.name for row in rows if isinstance(row, _Gap) and row.name is not None],
+        }
+
+
+class _FullBatches(grain.IterDataset):
+    """Batches of ``size`` readable rows, with the names of those passed over on the way."""
+
+    def __init__(self, parent: grain.IterDataset, size: int):
+        super().__init__(parent)
+        self._size = size
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _FullBatchesIterator(iter(self._parent), self._size)
+
+
+class _FullBatchesIterator(grain.DatasetIterator):
+    # Between two calls nothing is held back, so the parent's state says all.
+
+    def __init__(self, parent: grain.DatasetIterator, size: int):
+        super().__init__(parent)
+        self._size = size
+
+    def __next__(self) -> dict[str, Any]:
+        rows: list[Row] = []
+        skipped: list[str] = []
+        # Where nothing can be read, an empty batch lets the reader judge instead of searching for ever.
+        while len(rows) < self._size and len(skipped) < _ENOUGH_TO_JUDGE:
+            row = next(self._parent)
+            if isinstance(row, _Gap):
+                skipped.append(row.name)
+            else:
+                rows.append(row)
+        full = len(rows) == self._size
+        return {"batch": _stack(rows) if full else {}, "seen": len(rows) + len(skipped), "skipped": skipped}
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
+
+
+def _stack(rows: Sequence[Row]) -> Row:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _field(example: Mapping[str, Any], key: str) -> Any:
+    if key not in example:
+        raise unknown("field of an example", key, example)
+    return example[key]

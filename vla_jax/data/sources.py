@@ -1,0 +1,93 @@
+"""Data sets by name: built on first use from the builders in :mod:`vla_jax.data.builders`, then read at random."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import filelock
+import tensorflow_datasets as tfds
+
+from vla_jax.data import builders
+from vla_jax.data.pipeline import Source
+from vla_jax.errors import UserError, unknown
+
+_log = logging.getLogger(__name__)
+
+
+def builder_names() -> list[str]:
+    """The data sets there are: the modules of :mod:`vla_jax.data.builders` without a leading underscore."""
+    return sorted(module.name for module in pkgutil.iter_modules(builders.__path__) if not module.name.startswith("_"))
+
+
+def make_builder(name: str, data_dir: str | Path, config: Any = None) -> tfds.core.DatasetBuilder:
+    """The TFDS builder of a data set, without building it.
+
+    Args:
+        name: a name from :func:`builder_names`.
+        data_dir: the folder under which prepared data sets lie.
+        config: the builder's configuration, by name or as an instance of its ``BuilderConfig``; None is its default.
+
+    Raises:
+        UserError: if there is no such data set or configuration.
+    """
+    names = builder_names()
+    if name not in names:
+        raise unknown("data set", name, names)
+    module = importlib.import_module(f"{builders.__name__}.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, tfds.core.GeneratorBasedBuilder)
+        and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise UserError(f"the module {module.__name__} must define one GeneratorBasedBuilder; it defines {len(found)}")
+    configs = [known.name for known in found[0].BUILDER_CONFIGS]
+    if isinstance(config, str) and config not in configs:
+        raise unknown(f"configuration of the data set {name!r}", config, configs)
+    # array_record is the format that is read at random and without TensorFlow.
+    return found[0](data_dir=str(Path(data_dir).expanduser()), config=config, file_format="array_record")
+
+
+def load_source(name: str, split: str, data_dir: str | Path, config: Any = None) -> Source:
+    """A split of a data set as a random-access source of examples; the first use builds the data set.
+
+    Pictures come as the bytes of their files: decoding is the pipeline's work, so that a damaged one can be passed
+    over. Text comes as bytes, labels as integers.
+
+    Args:
+        name: a name from :func:`builder_names`.
+        split: a split's name, or a slice of it such as ``train[:10%]``.
+        data_dir: the folder under which prepared data sets lie.
+        config: the builder's configuration, by name or instance; None is its default.
+
+    Returns:
+        The source; it can be pickled, and read from several threads.
+
+    Raises:
+        UserError: if the data set, configuration or split does not exist, or cannot be built.
+    """
+    builder = make_builder(name, data_dir, config)
+    folder = Path(builder.data_dir)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Processes of one machine start together; one of them builds and the others wait for it.
+        with filelock.FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _log.info("building the data set %s in %s; this happens once", name, folder)
+                builder.download_and_prepare()
+        builder = make_builder(name, data_dir, config)
+    base = split.split("[")[0]
+    if base not in builder.info.splits:
+        raise unknown(f"split of the data set {name!r}", base, builder.info.splits)
+    encoded = {
+        field: tfds.decode.SkipDecoding()
+        for field, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.Image)
+    }
+    return builder.as_data_source(split=split, decoders=encoded)

@@ -1,0 +1,1 @@
+"""Measuring: accuracy with its uncertainty, paired comparisons, and probes of what a model understood."""

@@ -1,0 +1,1 @@
+"""Telling: result tables and figures, written whole or not at all."""

@@ -1,0 +1,1 @@
+"""Training: the parameter table, the optimiser, the step, the mesh, the checkpoints and the loop."""

@@ -1,0 +1,182 @@
+"""Where a run's numbers go (JSON lines, TensorBoard events) and what is written down about the run itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from tensorboardX import SummaryWriter
+
+import vla_jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Writer(Protocol):
+    """Takes the numbers of one step at a time."""
+
+    def resume(self, step: int) -> None:
+        """Forgets what was written for steps after ``step``, before the run goes on from there (0: a new run)."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the named numbers of one step."""
+
+    def close(self) -> None:
+        """Writes out whatever is still held back."""
+
+
+class JsonLines:
+    """One JSON object a line, ``{"step": 20, "train/loss": 0.5, ...}``; numbers that are not finite become null."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Args:
+        path: the file; it is created, with its folders, at the first write.
+        """
+        self.path = Path(path)
+
+    def resume(self, step: int) -> None:
+        """See :meth:`Writer.resume`; the file is replaced in one piece, so an interruption loses nothing."""
+        if not self.path.exists():
+            return
+        kept = [record for record in read_records(self.path) if record["step"] <= step]
+        replacement = self.path.with_name(self.path.name + ".new")
+        replacement.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(replacement, self.path)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """See :meth:`Writer.write`; the line is in the file when the call returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"step": step} | {name: _number(value) for name, value in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """See :meth:`Writer.close`; every line is already written."""
+
+
+class TensorBoard:
+    """TensorBoard scalar events; after a resume its readers drop the events of steps that are done again."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        """Args:
+        folder: where the event files go.
+        """
+        self._folder = str(folder)
+        self._events: SummaryWriter | None = None
+
+    def resume(self, step: int) -> None:
+        """See :meth:`Writer.resume`."""
+        self.close()
+        # Event files are named by the second; the suffix keeps a quick restart from overwriting the one before.
+        self._events = SummaryWriter(self._folder, purge_step=step + 1, filename_suffix=f".{step:09d}")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """See :meth:`Writer.write`."""
+        if self._events is None:
+            self._events = SummaryWriter(self._folder)
+        for name, value in values.items():
+            self._events.add_scalar(name, float(value), step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """See :meth:`Writer.close`."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a :class:`JsonLines` file; a last line cut short by a killed process is left out."""
+    lines = Path(path).read_text().splitlines()
+    records = []
+    for index, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if index != len(lines) - 1:
+                raise
+    return records
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process held: of its fullest device, or of the host where devices do not say (a CPU)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    if peaks:
+        return max(peaks)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # Linux counts KiB, macOS bytes.
+
+
+def package_version() -> str:
+    """The installed version of this package, or ``"source"`` when it runs from a folder that is not installed."""
+    try:
+        return importlib.metadata.version("vla_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def versions() -> dict[str, Any]:
+    """What the run ran on: Python, packages, devices, processes, cores and, in a git checkout, the commit."""
+    found = {"python": platform.python_version(), "vla_jax": package_version(), "commit": _commit()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found | {
+        "platform": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cores": os.cpu_count(),
+    }
+
+
+def run_record(workdir: str | os.PathLike[str], config: Any) -> None:
+    """Writes ``config.json`` (the resolved configuration) and ``versions.json`` into the work directory.
+
+    Args:
+        workdir: the run's folder; created if missing.
+        config: a (nested) dataclass or a mapping; values JSON does not know are written as their text.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    resolved = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
+    (workdir / "config.json").write_text(json.dumps(resolved, indent=2, default=str) + "\n")
+    (workdir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(float(value)) else None
+
+
+def _commit() -> str | None:
+    """The checked-out commit, with ``+changes`` if files differ from it; None if this is no checkout of its own."""
+    root = Path(vla_jax.__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's repository, whose commit says nothing about it.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
