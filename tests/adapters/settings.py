@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vla_jax import names
 from vla_jax.adapters import Bottleneck, Fusion, LoRA, Placement
 from vla_jax.backbones.clip import CLIP, CLIPConfig, TowerConfig
+from vla_jax.backbones.convert import abstract_params
 from vla_jax.backbones.transformer import Compute
 
 CONFIG = CLIPConfig(
@@ -71,11 +73,19 @@ def model(config: CLIPConfig, unroll: int = 1) -> CLIP:
     return CLIP(config, Compute(unroll=unroll))
 
 
+def drawn(shapes, seed: int, size: float, around=None):
+    """Normal noise of these shapes, drawn by NumPy: one compiled random number a shape is what makes tests slow."""
+    generator = np.random.default_rng(seed)
+    leaves, structure = jax.tree.flatten(shapes)
+    centres = [0.0] * len(leaves) if around is None else jax.tree.leaves(around)
+    noise = [c + size * generator.standard_normal(leaf.shape) for leaf, c in zip(leaves, centres, strict=True)]
+    return jax.tree.unflatten(structure, [jnp.asarray(array, jnp.float32) for array in noise])
+
+
 def backbone(config: CLIPConfig):
     """Random parameters in which no bias is zero and no LayerNorm is trivial."""
-    images, tokens, mask = inputs(config)
-    params = model(config).init(jax.random.key(0), images, tokens, mask)["params"]
-    return perturbed(params, jax.random.key(1), 0.1)
+    flat = names.flatten(drawn(abstract_params(config), 0, 0.2))
+    return names.unflatten({name: leaf + 1.0 if name.endswith("scale") else leaf for name, leaf in flat.items()})
 
 
 def inputs(config: CLIPConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -86,18 +96,3 @@ def inputs(config: CLIPConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     words = jax.random.randint(jax.random.key(3), (BATCH, LENGTH), 2, 48)
     tokens = jnp.where(place < lengths[:, None] - 1, words, jnp.where(place == lengths[:, None] - 1, 49, 0))
     return images, tokens, place < lengths[:, None]
-
-
-def perturbed(tree, key: jax.Array, size: float):
-    """A tree with noise on every leaf, so that nothing is hidden by a zero."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    noise = [leaf + size * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noise)
-
-
-def example(method, in_width: int = 5, out_width: int = 6) -> tuple[nn.Module, tuple[jax.Array, ...]]:
-    """A method's module and inputs for one example."""
-    keys = jax.random.split(jax.random.key(4), 2)
-    arrays = jax.random.normal(keys[0], (3, in_width)), jax.random.normal(keys[1], (3, out_width))
-    return method.module(), arrays

@@ -16,7 +16,7 @@ from hub_clip import random_clip, save_clip, small_settings, torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from vla_jax.backbones import convert, loading
+from vla_jax.backbones import clip, convert, sources
 from vla_jax.backbones.loading import load_backbone, load_config
 from vla_jax.errors import UserError
 from vla_jax.names import flatten
@@ -245,6 +245,12 @@ def test_a_folder_without_weights_is_an_error(folder):
         load_backbone(folder)
 
 
+def test_weights_too_large_for_float16_are_named(folder):
+    rewrite(folder, lambda tensors: tensors.update(logit_scale=np.float32(1e5)))
+    with pytest.raises(UserError, match="'logit_scale' does not fit into float16"):
+        load_backbone(folder, dtype="float16")
+
+
 def test_names_that_are_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no such folder.*tiny.*vit_b_32"):
         load_backbone(tmp_path / "absent")
@@ -252,7 +258,7 @@ def test_names_that_are_nothing(tmp_path, monkeypatch):
         load_backbone("random:vit_b32")
     with pytest.raises(UserError, match="did you mean 'float32'"):
         load_backbone("random:vit_b_32", dtype="flaot32")
-    monkeypatch.setattr(loading, "_TINY_FOLDER", tmp_path)
+    monkeypatch.setattr(sources, "_TINY_FOLDER", tmp_path)
     with pytest.raises(UserError, match="pretrain_tiny"):
         load_backbone("tiny")
 
@@ -287,6 +293,24 @@ def test_a_hub_name_is_fetched_without_pickles(monkeypatch, original, loaded):
     assert taken == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
+def test_a_hub_model_without_safetensors_is_refused_with_the_commands(monkeypatch, folder):
+    import huggingface_hub
+
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(folder))
+    with pytest.raises(UserError, match="no safetensors on the hub") as error:
+        load_backbone("owner/model")
+    assert "hf download owner/model --local-dir model\n" in str(error.value)
+    assert "model/pytorch_model.bin" in str(error.value)
+
+
+def test_an_image_processor_that_fits_is_kept_as_it_is(folder):
+    settings = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "do_normalize": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = load_backbone(folder).image_processor
+    assert (processor.size.shortest_edge, processor.do_normalize) == (40, False)
+
+
 def test_image_processor_follows_folder_and_image_size(folder):
     settings = {
         "image_mean": [0.1, 0.2, 0.3],
@@ -308,7 +332,7 @@ def test_a_folder_without_tokenizer_says_so(loaded):
 
 def test_random_weights_are_the_same_each_time(monkeypatch):
     small = convert.config_from_hub(small_settings())
-    monkeypatch.setitem(loading.PRESETS, "vit_b_32", small)
+    monkeypatch.setitem(clip.PRESETS, "vit_b_32", small)
     one, two = load_backbone("random:vit_b_32"), load_backbone("random:vit_b_32", dtype="bfloat16")
     assert one.config == small
     assert one.fingerprint == two.fingerprint

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
+
+import numpy as np
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 PREFIXES = r"^(?:there is|there are|this is|a picture of|an image of|a photo of) (?=\w)"
@@ -104,3 +107,15 @@ def answer_to(question: str, objects: list[dict], image_size: int = 64) -> set[s
     found = re.fullmatch(r"what (\w+) is the (.+)|what is the (\w+) of the (.+)|(what) is the (.+)", question)
     attribute, words = found[1] or found[3] or "shape", found[2] or found[4] or found[6]
     return {thing[attribute] for thing in objects if matches(words, thing, image_size)}
+
+
+def digest(source) -> str:
+    """Hash of every seventh example of a source."""
+    hashed = hashlib.sha256()
+    for index in range(0, len(source), 7):
+        example = source[index]
+        for name in sorted(example):
+            value = example[name]
+            hashed.update(name.encode())
+            hashed.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return hashed.hexdigest()

@@ -13,24 +13,15 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from light_examples import Noisy, Wearing
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from vla_jax.data.batches import Batches
-from vla_jax.data.image import Preprocess, UnreadablePicture
+from vla_jax.data.image import Preprocess
 from vla_jax.data.pipeline import BatchIterator, Pipeline, TransformExample
 from vla_jax.data.text import Tokenize, train_word_tokenizer
 from vla_jax.errors import UserError
-
-
-class Noisy:
-    """A row with the example's value and, in training, one random number; unreadable where the example says so."""
-
-    def __call__(self, example, generator=None):
-        if example.get("bad"):
-            raise UnreadablePicture("cannot be decoded: it is torn")
-        noise = 0.0 if generator is None else generator.random()
-        return {"value": np.asarray(example["value"], np.int32), "noise": np.asarray(noise)}
 
 
 def examples(count, bad=()):
@@ -187,15 +178,17 @@ def test_a_process_without_examples_still_has_its_batches():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resuming_is_exact(training, workers):
     # Bad pictures on the way shift what a batch has read, and their count is part of the state.
     settings = {"workers": workers, "max_bad_share": 0.3}
     source = examples(50, bad=(3, 7, 8, 20))
     with started(pipeline(source, 4, training, **settings)) as iterator:
         before = list(islice(iterator, 5))
-        state = json.loads(json.dumps(iterator.state()))
+        taken = iterator.state()
+        state = json.loads(json.dumps(taken))
         after = list(islice(iterator, 7))
+        assert taken == state  # what was handed out does not change
         end = (iterator.seen, iterator.skipped)
         with started(pipeline(source, 4, training, **settings)) as resumed:
             resumed.restore(state)
@@ -215,9 +208,11 @@ def test_resuming_with_another_setup_is_an_error():
     with started(pipeline(examples(20), 4)) as iterator:
         next(iterator)
         state = iterator.state()
-    with started(pipeline(examples(20), 5, seed=1)) as other:
-        with pytest.raises(UserError, match=r"batch_size was 4 and is now 5, seed was 0 and is now 1"):
-            other.restore(state)
+    with (
+        started(pipeline(examples(20), 5, seed=1)) as other,
+        pytest.raises(UserError, match="batch_size was 4 and is now 5, seed was 0 and is now 1"),
+    ):
+        other.restore(state)
 
 
 def test_bad_pictures_are_named_counted_and_passed_over(caplog):
@@ -251,26 +246,21 @@ def test_too_many_bad_pictures_end_the_run(training):
         take(pipeline(source, 8, training, max_bad_share=0.02), 25)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_too_many_bad_pictures_later_in_a_long_run(workers):
     # The first thousand are read without a fault; what counts is the share of all that was read.
-    class Wearing:
-        def __len__(self):
-            return 4000
-
-        def __getitem__(self, index):
-            return {"value": index, "bad": index >= 1200}
-
     batches = pipeline(Wearing(), 100, training=False, max_bad_share=0.25, workers=workers)
-    with started(batches) as iterator, pytest.raises(UserError, match="of 1700 pictures"):
-        for batch in iterator:
-            assert batch["index"].max() < 1600
-    assert iterator.skipped == 500
+    with started(batches) as iterator:
+        good = list(islice(iterator, 16))
+        assert sum(batch["valid"].sum() for batch in good) == 1200
+        assert (iterator.seen, iterator.skipped) == (1600, 400)
+        with pytest.raises(UserError, match="of 1700 pictures"):
+            next(iterator)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_readable_ends_the_run(training):
-    with pytest.raises(UserError, match="can be decoded|cannot be decoded"):
+    with pytest.raises(UserError, match="decoded"):
         take(pipeline(examples(8, bad=range(8)), 4, training, max_bad_share=0.9), 1)
 
 
@@ -320,7 +310,7 @@ def test_batches_lie_on_the_mesh(sharding):
     batches.close()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_state_belongs_to_the_batch_in_use(sharding, workers):
     def values(batches, count):
         return [np.asarray(batch["index"]).tolist() for batch in islice(batches, count)]
@@ -344,7 +334,7 @@ def test_the_state_belongs_to_the_batch_in_use(sharding, workers):
     resumed.close()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_batches_end_with_an_evaluation_pass(sharding, workers):
     batches = Batches(BatchIterator(pipeline(examples(20), 8, training=False, workers=workers)), sharding)
     indices = [np.asarray(batch["index"]) for batch in batches]

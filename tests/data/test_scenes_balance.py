@@ -94,12 +94,12 @@ def test_labels_are_a_fair_coin(statements):
 
 def test_the_probe_finds_a_leak(statements):
     # The same probe, where every third true statement is the same sentence.
-    texts = {
-        split: [
-            "a teal star" if label and not index % 3 else text for index, (text, label) in enumerate(zip(said, labels))
+    texts = {}
+    for split, (said, _, labels) in statements.items():
+        texts[split] = [
+            "a teal star" if label and not index % 3 else text
+            for index, (text, label) in enumerate(zip(said, labels, strict=True))
         ]
-        for split, (said, _, labels) in statements.items()
-    }
     train, test = words(texts)
     assert accuracy(train, statements["train"][2], test, statements["test"][2]) > 0.5 + INTERVAL
 

@@ -282,6 +282,20 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_in_progress(
     assert_same(resumed.state, uninterrupted.state)
 
 
+def test_a_pipeline_that_dies_of_the_signal_too_costs_no_step(tmp_path: Path, uninterrupted: Fitted) -> None:
+    def hook(position: int) -> None:
+        if position == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("a worker died")
+
+    with new_checkpointer(tmp_path) as checkpointer, pytest.raises(Interrupted):
+        fit(new_state(), FROZEN, STEP, Numbers(hook=hook), 14, checkpointer=checkpointer)
+    with new_checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.latest_step() == 5
+        resumed = fit(new_state(), FROZEN, STEP, Numbers(), 14, checkpointer=checkpointer)
+    assert_same(resumed.state, uninterrupted.state)
+
+
 def test_a_second_signal_acts_at_once() -> None:
     def hook(position: int) -> None:
         if position == 2:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vla_jax.mesh import keep_batch_cut
+
 WIDTH, DEPTH, HEADS, HIDDEN, RANK = 32, 3, 4, 64, 4
 VOCABULARY, TOKENS, PATCHES, PATCH, CLASSES, PROJECTION = 40, 6, 9, 12, 5, 16
 
@@ -79,6 +81,7 @@ def run_blocks(params: dict[str, Any], adapter: dict[str, Any], x: jax.Array, ke
 
     def body(x: jax.Array, layer: tuple[Any, Any, jax.Array]) -> tuple[jax.Array, None]:
         block, adapter, key = layer
+        x = keep_batch_cut(x)
         y = apply_norm(block["norm1"], x)
         q, k, v = (
             apply_linear(block["attn"][name], y).reshape(*y.shape[:2], HEADS, WIDTH // HEADS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from vla_jax.backbones.clip import CLIP, CLIPConfig
 from vla_jax.backbones.transformer import ACTIVATIONS, TowerConfig
 from vla_jax.errors import UserError, unknown
-from vla_jax.names import flatten
+from vla_jax.names import flatten, unflatten
 
 SAME = None
 LINEAR = (1, 0)  # [out, in] -> [in, out]
@@ -97,18 +99,19 @@ TABLE: tuple[Row, ...] = (
 IGNORED = re.compile(r"(vision|text)_model\.embeddings\.position_ids")
 
 
-def abstract_params(config: CLIPConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The tree below ``backbone/`` as shapes in a storage dtype; nothing is computed."""
-    model = CLIP(config)
+@functools.cache
+def parameter_shapes(config: CLIPConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shape of every parameter, by its name within the backbone; nothing is computed."""
     image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, config.context_length), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), image, tokens)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+    params = jax.eval_shape(CLIP(config).init, jax.random.key(0), image, tokens)["params"]
+    return types.MappingProxyType({name: tuple(leaf.shape) for name, leaf in flatten(params).items()})
 
 
-def parameter_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, by its name within the backbone."""
-    return {name: tuple(leaf.shape) for name, leaf in flatten(abstract_params(config)).items()}
+def abstract_params(config: CLIPConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The tree below ``backbone/`` as shapes in a storage dtype."""
+    shapes = parameter_shapes(config)
+    return unflatten({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()})
 
 
 def hub_tensors(params: Mapping[str, Any], config: CLIPConfig) -> Iterator[tuple[str, np.ndarray]]:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.backbones import convert
-from vla_jax.backbones.clip import PRESETS, CLIPConfig
+from vla_jax.backbones.clip import CLIPConfig
 from vla_jax.backbones.positions import interpolate_positions
+from vla_jax.backbones.sources import RANDOM, find_folder
 from vla_jax.backbones.weights import Fingerprint, Weights, read_json, storage_dtype
 from vla_jax.errors import UserError, nearest, unknown
 from vla_jax.names import flatten, unflatten
 
-TINY = "tiny"
-RANDOM = "random:"
-_TINY_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "tiny"
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-# Configuration, tokenizer, image processor and the weights transformers would read; no pickles, no second copies.
-_HUB_FILES = (
-    "config.json",
-    "preprocessor_config.json",
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*.safetensors",
-)
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 Shardings = Callable[[str], jax.sharding.Sharding] | Mapping[str, Any]
@@ -85,26 +68,26 @@ class Backbone:
     def image_processor(self) -> Any:
         """The image processor of transformers for the folder's ``preprocessor_config.json``, without PyTorch.
 
-        Its attributes are the settings (``image_mean``, ``image_std``, ``resample``, ``size``, ``crop_size``, ...).
-        CLIP's own settings where the folder has none. Size and crop follow the backbone's image size.
+        Its attributes are the settings (``image_mean``, ``image_std``, ``resample``, ``size``, ``crop_size``, ...):
+        the folder's, or CLIP's own where it has none. If they crop to another size than the backbone's image size,
+        pictures are resized and cropped to that instead.
         """
         from transformers import CLIPImageProcessorPil
 
-        size = self.config.image_size
         settings: dict[str, Any] = {}
         if self.folder is not None and (self.folder / "preprocessor_config.json").is_file():
             settings = read_json(self.folder / "preprocessor_config.json")
-        crop = {"height": size, "width": size}
+        processor = CLIPImageProcessorPil(**settings)
+        crop = {"height": self.config.image_size, "width": self.config.image_size}
+        if dict(processor.crop_size) == crop:
+            return processor
         # A processor that squeezes pictures into a square goes on doing so; the others fit the shorter edge.
-        given = settings.get("size")
-        square = isinstance(given, Mapping) and "height" in given
-        return CLIPImageProcessorPil(
-            **{**settings, "size": crop if square else {"shortest_edge": size}, "crop_size": crop}
-        )
+        size = {"shortest_edge": self.config.image_size} if processor.size.shortest_edge else crop
+        return CLIPImageProcessorPil(**{**settings, "size": size, "crop_size": crop})
 
 
 def load_config(name_or_folder: str | Path, *, image_size: int | None = None) -> CLIPConfig:
-    """The configuration that :func:`load_backbone` would load, without reading weights; arguments as there."""
+    """The configuration that :func:`load_backbone` would give, weights unread (a hub model is still fetched whole)."""
     return _read(str(name_or_folder), image_size)[2]
 
 
@@ -155,9 +138,19 @@ def load_backbone(
             tensor = row.to_ours(tensor)
             if row.ours == "vision/position_embedding":
                 tensor = interpolate_positions(tensor, stored.grid, config.grid)
-            parameter[layer if row.stacked else ...] = tensor
+            _store(parameter, layer if row.stacked else ..., tensor, tensor_name)
         flat[row.ours] = _place(parameter, placement(f"backbone/{row.ours}"))
     return Backbone(name, config, unflatten(flat), fingerprint.hexdigest(), folder)
+
+
+def _store(parameter: np.ndarray, index: Any, tensor: np.ndarray, name: str) -> None:
+    try:
+        with np.errstate(over="raise"):
+            parameter[index] = tensor
+    except FloatingPointError:
+        raise UserError(
+            f"tensor {name!r} does not fit into {parameter.dtype}; store it as bfloat16 or float32"
+        ) from None
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -188,7 +181,7 @@ def _read(name: str, image_size: int | None) -> tuple[Path | None, CLIPConfig, C
     if name.startswith(RANDOM):
         folder, stored = None, CLIPConfig.preset(name.removeprefix(RANDOM))
     else:
-        folder = _folder(name)
+        folder = find_folder(name)
         stored = _stored_config(folder)
     return folder, stored, stored if image_size is None else dataclasses.replace(stored, image_size=image_size)
 
@@ -197,40 +190,6 @@ def _stored_config(folder: Path) -> CLIPConfig:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give a folder in the hub's format, as save_pretrained writes it")
     return convert.config_from_hub(read_json(folder / "config.json"))
-
-
-def _folder(name: str) -> Path:
-    if name == TINY:
-        if not (_TINY_FOLDER / "config.json").is_file():
-            raise UserError(
-                f"the package has no backbone in {_TINY_FOLDER}; install it whole, or make one with "
-                "launch.py --experiment=pretrain_tiny"
-            )
-        return _TINY_FOLDER
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    match = _HUB_NAME.fullmatch(name)
-    if match is None:
-        raise UserError(
-            f"no backbone {name!r}: there is no such folder, and it is no hub name (owner/model); allowed: a folder, a "
-            f"hub name, {TINY!r}, or '{RANDOM}<preset>' with a preset of {', '.join(PRESETS)}"
-        )
-    return _download(match["name"], match["revision"])
-
-
-def _download(name: str, revision: str | None) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
-    # Whatever goes wrong on the way (no network, no such model, a gate, a full disk) ends in the same advice.
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"backbone {name!r} is no folder here and could not be fetched from the hub ({reason}). Check the name, or "
-            f"fetch it on a machine with a network, `hf download {name} --local-dir FOLDER`, and give that folder"
-        ) from error
 
 
 def _random(

@@ -8,43 +8,32 @@ Training and evaluation differ in what must never happen, so they are two shapes
   on the others. Rows without an example (the end of the last batch) and rows whose picture cannot be decoded repeat
   another row and have ``valid`` false.
 
-Both count the pictures passed over, name them in the log, and end the run when their share is too large. This module
-does without JAX, so that worker processes start quickly; :mod:`vla_jax.data.batches` puts batches on the mesh.
+Both count the pictures passed over, name them in the log, and end the run when their share is too large.
+:mod:`vla_jax.data.batches` puts the batches on the mesh.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
-from vla_jax.data.image import UnreadablePicture
+from vla_jax.data.stages import FillBatch, FullBatches, Gap, Guarded, Numbered, Row, Source, Transform
 from vla_jax.errors import UserError, unknown
 
 _log = logging.getLogger(__name__)
 
 # Before this many examples a share says little: one bad picture among the first ten is 10 %.
 _ENOUGH_TO_JUDGE = 1000
-
-Row = dict[str, np.ndarray]
-
-
-class Source(Protocol):
-    """Examples by position: a TFDS data source, a list, or any object with these two methods that can be pickled."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
-
-
-Transform = Callable[[Mapping[str, Any], np.random.Generator | None], Row]
 
 
 @dataclass(frozen=True)
@@ -141,8 +130,6 @@ class Pipeline:
         if (self.process_index is None) != (self.process_count is None):
             raise UserError("process_index and process_count go together; give both or neither")
         if self.process_count is None:
-            import jax
-
             object.__setattr__(self, "process_index", jax.process_index())
             object.__setattr__(self, "process_count", jax.process_count())
         if not 0 <= self.process_index < self.process_count:
@@ -173,21 +160,25 @@ class Pipeline:
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self)
 
+    @property
+    def _enough_to_judge(self) -> int:
+        return min(_ENOUGH_TO_JUDGE, math.ceil(len(self.source) / self.process_count))
+
     def _dataset(self) -> grain.IterDataset:
         size = self.local_batch_size
         share = slice(self.process_index, None, self.process_count)
         threads = min(8, os.cpu_count() or 1)
         # Randomness is drawn before the processes take their shares, so that it does not depend on their number.
         if self.training:
-            examples = grain.MapDataset.source(_Numbered(self.source, len(self.source))).seed(self.seed)
-            rows = examples.shuffle().repeat().random_map(_Guarded(self.transform))[share]
+            examples = grain.MapDataset.source(Numbered(self.source, len(self.source))).seed(self.seed)
+            rows = examples.shuffle().repeat().random_map(Guarded(self.transform))[share]
             reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size)
-            dataset = _FullBatches(rows.to_iter_dataset(reading), size)
+            dataset = FullBatches(rows.to_iter_dataset(reading), size, self._enough_to_judge)
         else:
             # Batches are made before the workers take their shares, so that only the last batch is incomplete.
-            examples = grain.MapDataset.source(_Numbered(self.source, len(self) * self.batch_size))
-            rows = examples.map(_Guarded(self.transform))[share]
-            batches = rows.batch(size, batch_fn=_FillBatch(self._first_readable()))
+            examples = grain.MapDataset.source(Numbered(self.source, len(self) * self.batch_size))
+            rows = examples.map(Guarded(self.transform))[share]
+            batches = rows.batch(size, batch_fn=FillBatch(self._first_readable()))
             dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if self.workers:
             if not flags.FLAGS.is_parsed():
@@ -200,11 +191,13 @@ class Pipeline:
 
     def _first_readable(self) -> Row:
         """The row that fills the gaps of evaluation batches."""
-        rows = map(_Guarded(self.transform), _Numbered(self.source, min(len(self.source), _ENOUGH_TO_JUDGE)))
+        guarded = Guarded(self.transform)
+        count = min(len(self.source), _ENOUGH_TO_JUDGE)
+        rows = (guarded((index, self.source[index])) for index in range(count))
         for row in rows:
-            if not isinstance(row, _Gap):
+            if not isinstance(row, Gap):
                 return row
-        raise UserError(f"none of the first {min(len(self.source), _ENOUGH_TO_JUDGE)} pictures can be decoded")
+        raise UserError(f"none of the first {count} pictures can be decoded")
 
 
 class BatchIterator(Iterator[Row]):
@@ -238,7 +231,7 @@ class BatchIterator(Iterator[Row]):
     def state(self) -> dict[str, Any]:
         """Where the iterator stands, after the last batch it gave: JSON-able, one for each process."""
         return {
-            "grain": self._iterator.get_state(),
+            "grain": copy.deepcopy(self._iterator.get_state()),  # Grain may go on writing into its own
             "seen": self.seen,
             "skipped": self.skipped,
             "setup": self._setup(),
@@ -270,112 +263,12 @@ class BatchIterator(Iterator[Row]):
         self.skipped += len(skipped)
         for name in skipped:
             _log.warning("passed over %s (%d of %d examples so far)", name, self.skipped, self.seen)
-        enough = min(_ENOUGH_TO_JUDGE, math.ceil(len(self._pipeline.source) / self._pipeline.process_count))
-        allowed = self._pipeline.max_bad_share * max(self.seen, enough)
+        allowed = self._pipeline.max_bad_share * max(self.seen, self._pipeline._enough_to_judge)
         if skipped and self.skipped > allowed:
             raise UserError(
                 f"{self.skipped} of {self.seen} pictures cannot be decoded, the last of them {skipped[-1]}; at most "
                 f"{self._pipeline.max_bad_share:.2%} may be. Mend the data, or raise max_bad_share"
             )
-
-
-@dataclass(frozen=True)
-class _Gap:
-    """A row that is not there: the example cannot be read (and has a name), or lies behind the end."""
-
-    name: str | None
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    """A source whose examples know their position, with empty places up to ``length``."""
-
-    source: Source
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple[int, Mapping[str, Any] | None]:
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        return index, self.source[index] if index < len(self.source) else None
-
-
-@dataclass(frozen=True)
-class _Guarded:
-    """The transformation of a numbered example, giving a gap where there is no picture."""
-
-    transform: Transform
-
-    def __call__(
-        self, numbered: tuple[int, Mapping[str, Any] | None], generator: np.random.Generator | None = None
-    ) -> Row | _Gap:
-        index, example = numbered
-        if example is None:
-            return _Gap(None)
-        try:
-            row = self.transform(example, generator)
-        except UnreadablePicture as error:
-            return _Gap(f"example {index} of the source: its picture {error}")
-        return row | {"valid": np.asarray(True), "index": np.asarray(index, np.int32)}
-
-
-@dataclass(frozen=True)
-class _FillBatch:
-    """Stacks the rows of an evaluation batch, with ``filler`` marked as not valid in every gap."""
-
-    filler: Row
-
-    def __call__(self, rows: Sequence[Row | _Gap]) -> dict[str, Any]:
-        filler = self.filler | {"valid": np.asarray(False), "index": np.asarray(-1, np.int32)}
-        return {
-            "batch": _stack([filler if isinstance(row, _Gap) else row for row in rows]),
-            "seen": sum(not isinstance(row, _Gap) or row.name is not None for row in rows),
-            "skipped": [row.name for row in rows if isinstance(row, _Gap) and row.name is not None],
-        }
-
-
-class _FullBatches(grain.IterDataset):
-    """Batches of ``size`` readable rows, with the names of those passed over on the way."""
-
-    def __init__(self, parent: grain.IterDataset, size: int):
-        super().__init__(parent)
-        self._size = size
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _FullBatchesIterator(iter(self._parent), self._size)
-
-
-class _FullBatchesIterator(grain.DatasetIterator):
-    # Between two calls nothing is held back, so the parent's state says all.
-
-    def __init__(self, parent: grain.DatasetIterator, size: int):
-        super().__init__(parent)
-        self._size = size
-
-    def __next__(self) -> dict[str, Any]:
-        rows: list[Row] = []
-        skipped: list[str] = []
-        # Where nothing can be read, an empty batch lets the reader judge instead of searching for ever.
-        while len(rows) < self._size and len(skipped) < _ENOUGH_TO_JUDGE:
-            row = next(self._parent)
-            if isinstance(row, _Gap):
-                skipped.append(row.name)
-            else:
-                rows.append(row)
-        full = len(rows) == self._size
-        return {"batch": _stack(rows) if full else {}, "seen": len(rows) + len(skipped), "skipped": skipped}
-
-    def get_state(self) -> dict[str, Any]:
-        return self._parent.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state)
-
-
-def _stack(rows: Sequence[Row]) -> Row:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _field(example: Mapping[str, Any], key: str) -> Any:

@@ -12,7 +12,7 @@ import filelock
 import tensorflow_datasets as tfds
 
 from vla_jax.data import builders
-from vla_jax.data.pipeline import Source
+from vla_jax.data.stages import Source
 from vla_jax.errors import UserError, unknown
 
 _log = logging.getLogger(__name__)

@@ -59,14 +59,12 @@ class Checkpointer:
             raise UserError(f"checkpoints need every >= 1 and keep >= 1; given every={every}, keep={keep}")
         self.folder = _path(folder)
         self.identity = identity
-        when, kept = ocp.training.save_decision_policies, ocp.training.preservation_policies
+        self._every = every
         self._orbax = ocp.training.Checkpointer(
             self.folder,
             context=_context(),
-            save_decision_policy=when.AnySavePolicy(
-                [when.FixedIntervalPolicy(every), when.PreemptionCheckpointingPolicy()]
-            ),
-            preservation_policy=kept.LatestN(keep),
+            save_decision_policy=ocp.training.save_decision_policies.PreemptionCheckpointingPolicy(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
 
@@ -85,13 +83,15 @@ class Checkpointer:
         self._orbax.wait()
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, or None."""
+        """The step of the newest checkpoint, one that is being saved included, or None."""
         latest = self._orbax.latest
         return None if latest is None else latest.step
 
     def should_save(self, step: int) -> bool:
         """Whether :meth:`save` would save at this step without being forced to."""
-        return step != self.latest_step() and self._orbax.should_save(step)
+        # Asking Orbax takes about a millisecond, and a process alone is told of no preemption.
+        due = step % self._every == 0 or (jax.process_count() > 1 and self._orbax.should_save(step))
+        return due and step != self.latest_step()
 
     def save(self, step: int, state: TrainState, data_state: Any = None, *, force: bool = False) -> bool:
         """Saves in the background if it is time to; the state's buffers may be given away when the call returns.
@@ -113,8 +113,8 @@ class Checkpointer:
         items = {"adapters": state.trainable, "data": {"processes": _gather(_encode(data_state))}}
         if metadata.optimizer:  # Plain SGD keeps nothing, and Orbax takes no empty item.
             items["optimizer"] = state.optimizer
-        response = self._orbax.save_checkpointables_async(step, items, force=True, custom_metadata=metadata.to_json())
-        return response is not None
+        self._orbax.save_checkpointables_async(step, items, force=True, custom_metadata=metadata.to_json())
+        return True
 
     def restore(self, abstract_state: TrainState, step: int | None = None) -> Restored:
         """Reads a checkpoint onto the devices and in the dtypes of ``abstract_state``.

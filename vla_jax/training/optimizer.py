@@ -115,21 +115,26 @@ def make_schedule(config: OptimizerConfig, group: str, updates: int) -> optax.Sc
     Raises:
         UserError: if the warm-up leaves no update after it.
     """
-    values = config.group(group)
+    relative, peak = _relative_schedule(config, group, updates), config.group(group).learning_rate
+    return lambda update: peak * relative(update)
+
+
+def _relative_schedule(config: OptimizerConfig, group: str, updates: int) -> optax.Schedule:
+    """The learning rate over its peak."""
     warmup = config.warmup_steps or round(config.warmup_share * updates)
     if warmup and warmup >= updates:
         raise UserError(
             f"the warm-up takes {warmup} of {updates} updates and leaves none; set warmup_steps or warmup_share lower, "
             f"or train for more than {warmup * config.accumulate} steps"
         )
-    peak, final, rest = values.learning_rate, values.learning_rate * config.final_share, updates - warmup
-    if values.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_share)
-    elif values.schedule == "linear":
-        after = optax.linear_schedule(peak, final, rest)
+    rest, schedule = updates - warmup, config.group(group).schedule
+    if schedule == "cosine":
+        after = optax.cosine_decay_schedule(1.0, rest, alpha=config.final_share)
+    elif schedule == "linear":
+        after = optax.linear_schedule(1.0, config.final_share, rest)
     else:
-        after = optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+        after = optax.constant_schedule(1.0)
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup]) if warmup else after
 
 
 def make_optimizer(
@@ -169,15 +174,14 @@ def make_optimizer(
     decays = table.decay_mask(trainable)
 
     def adamw(group: str) -> optax.GradientTransformation:
-        # The learning rate is applied in a transformation of its own because inject_hyperparams keeps it in the state,
-        # where the step finds what was used, and because the moments' constants need no place there.
-        rate = optax.inject_hyperparams(optax.scale_by_learning_rate)(
-            learning_rate=make_schedule(config, group, steps // config.accumulate)
-        )
+        # inject_hyperparams keeps both factors of the learning rate in the state: the step finds there what was used,
+        # and runs that differ in the peak alone share one compiled program.
+        schedule = _relative_schedule(config, group, steps // config.accumulate)
         return optax.chain(
             optax.scale_by_adam(config.b1, config.b2, config.eps),
             optax.add_decayed_weights(config.group(group).weight_decay, mask=decays),
-            rate,
+            optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=schedule),
+            optax.inject_hyperparams(optax.scale)(step_size=config.group(group).learning_rate),
         )
 
     optimizer = optax.partition({group: adamw(group) for group in sorted(used)}, labels)
@@ -195,11 +199,11 @@ def learning_rates(state: Any) -> dict[str, jax.Array]:
         ``learning_rate`` of the default group, or of the alphabetically first if no leaf has the default; and
         ``learning_rate/<group>`` of every other group. Before the first update, that of the first. float32 [].
     """
-    rates = {}
+    rates: dict[str, jax.Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if path[-2:] == (jax.tree_util.GetAttrKey("hyperparams"), jax.tree_util.DictKey("learning_rate")):
+        if path[-2:-1] == (jax.tree_util.GetAttrKey("hyperparams"),):
             group = path[path.index(jax.tree_util.GetAttrKey("inner_states")) + 1].key
-            rates[group] = leaf
+            rates[group] = rates.get(group, 1.0) * leaf  # the peak, and where the schedule stands
     order = sorted(rates, key=lambda group: (group != DEFAULT_GROUP, group))
     return {"learning_rate" if i == 0 else f"learning_rate/{group}": rates[group] for i, group in enumerate(order)}
 

@@ -16,9 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vla_jax.errors import UserError
-
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+from vla_jax.mesh import AXES, BATCH_AXES
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ on a frozen weight.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,22 +130,32 @@ def init_state(
 
 
 @dataclass(frozen=True)
-class TrainStep:
-    """A compiled training step: ``step(state, frozen, batch) -> (state, metrics)``; see :func:`make_train_step`.
+class Step:
+    """A compiled step, run with its mesh set, so that models can say how their activations are cut.
 
-    The seed is an argument of the compiled program and not a constant in it, so that runs that differ in the seed alone
-    share one entry of a compilation cache.
+    Attributes:
+        program: the jitted function.
+        mesh: the mesh, or None on one device.
+        constants: arguments that are the same in every call and follow those of the call. The seed is one of them and
+            not a constant of the program, so that runs that differ in the seed alone share one entry of a compilation
+            cache.
     """
 
     program: Any
-    seed: np.uint32
+    mesh: Mesh | None = None
+    constants: tuple[Any, ...] = ()
 
-    def __call__(self, state: TrainState, frozen: names.Tree, batch: Batch) -> tuple[TrainState, Metrics]:
-        return self.program(state, frozen, batch, self.seed)
+    def __call__(self, *arguments: Any) -> Any:
+        with self._mesh_set():
+            return self.program(*arguments, *self.constants)
 
-    def lower(self, state: TrainState, frozen: names.Tree, batch: Batch) -> jax.stages.Lowered:
-        """The lowered program for arguments of these shapes, to be compiled ahead or looked into."""
-        return self.program.lower(state, frozen, batch, self.seed)
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """The lowered program for arguments of these shapes, to be compiled and looked into."""
+        with self._mesh_set():
+            return self.program.lower(*arguments, *self.constants)
+
+    def _mesh_set(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
 def make_train_step(
@@ -153,7 +164,7 @@ def make_train_step(
     *,
     seed: int,
     shardings: StepShardings | None = None,
-) -> TrainStep:
+) -> Step:
     """The compiled training step.
 
     Args:
@@ -191,19 +202,17 @@ def make_train_step(
         return state, metrics | own
 
     if shardings is None:
-        return TrainStep(jax.jit(train_step, donate_argnums=0), np.uint32(seed))
+        return Step(jax.jit(train_step, donate_argnums=0), constants=(np.uint32(seed),))
     program = jax.jit(
         train_step,
         in_shardings=(shardings.state, shardings.frozen, shardings.batch, shardings.replicated),
         out_shardings=(shardings.state, shardings.replicated),
         donate_argnums=0,
     )
-    return TrainStep(program, np.uint32(seed))
+    return Step(program, shardings.batch.mesh, (np.uint32(seed),))
 
 
-def make_eval_step(
-    metric_function: MetricFunction, *, shardings: StepShardings | None = None
-) -> Callable[[names.Tree, names.Tree, Batch], dict[str, jax.Array]]:
+def make_eval_step(metric_function: MetricFunction, *, shardings: StepShardings | None = None) -> Step:
     """The compiled evaluation step.
 
     Args:
@@ -218,9 +227,10 @@ def make_eval_step(
         return metric_function(names.merge(trainable, frozen), batch)
 
     if shardings is None:
-        return jax.jit(eval_step)
-    return jax.jit(
+        return Step(jax.jit(eval_step))
+    program = jax.jit(
         eval_step,
         in_shardings=(shardings.state.trainable, shardings.frozen, shardings.batch),
         out_shardings=shardings.replicated,
     )
+    return Step(program, shardings.batch.mesh)

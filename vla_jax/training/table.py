@@ -21,7 +21,7 @@ from rich.table import Table
 
 from vla_jax import names
 from vla_jax.errors import UserError, unknown
-from vla_jax.training.sharding import AXES
+from vla_jax.mesh import AXES
 
 DEFAULT_GROUP = "default"
 

@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from vla_jax import names
 from vla_jax.errors import UserError
 from vla_jax.training.checkpoint import Checkpointer
+from vla_jax.training.clock import Clock
 from vla_jax.training.metrics import Writer, peak_memory_bytes
 from vla_jax.training.step import Batch, Metrics, TrainState
 
@@ -53,7 +53,7 @@ class Fitted:
     Attributes:
         state: the state after the last step.
         history: what was logged since this start, one dict with ``step`` for each logged step.
-        first_step_seconds: wall time of the first step, compilation and all; None if there was no step.
+        first_step_seconds: wall time of the first batch and step, compilation and all; None if there was no step.
         seconds_per_step: mean wall time of the others, without evaluating; None if there were none.
         examples_per_second: from that time and the global batch; None likewise.
         peak_memory_bytes: the most memory the process held.
@@ -121,7 +121,7 @@ def fit(
 
     history: list[dict[str, Any]] = []
     losses: dict[int, jax.Array] = {}  # On the device, until the next look at them.
-    clock = _Clock()
+    clock = Clock()
     hidden = not first_process or (None if progress is None else not progress)
     bar = tqdm(total=steps, initial=start, desc=description, unit="step", disable=hidden)
     with bar, _signals() as received, contextlib.ExitStack() as closing:
@@ -129,7 +129,13 @@ def fit(
             writer.resume(start)
             closing.callback(writer.close)
         for step in range(start + 1, steps + 1):
-            batch = _draw(batches, step, steps)
+            try:
+                batch = _draw(batches, step, steps)
+            except Exception:
+                # Ctrl-C in a terminal reaches data workers as well, and the pipeline fails when they die of it.
+                if received:
+                    _leave(received[0], step - 1, state, losses, batches, checkpointer)
+                raise
             state, metrics = train_step(state, frozen, batch)
             losses[step] = metrics["loss"]
             clock.stepped(metrics, examples=jax.tree.leaves(batch)[0].shape[0])
@@ -152,17 +158,16 @@ def fit(
 
             # Saved before the next batch is drawn, so that data and weights agree; and after the step's numbers are
             # written, so that a run that goes on from here lacks none.
-            stop = _stop_signal(received, step)
-            if checkpointer is not None and (step == steps or stop or checkpointer.should_save(step)):
+            if stop := _stop_signal(received, step):
+                _leave(stop, step, state, losses, batches, checkpointer)
+            if checkpointer is not None and (step == steps or checkpointer.should_save(step)):
                 with clock.paused(metrics):
                     _require_finite(losses, checkpointer, state)
                     checkpointer.save(step, state, batches.state(), force=True)
-            if stop:
-                if checkpointer is not None:
-                    checkpointer.wait()
-                raise Interrupted(128 + stop)
     if checkpointer is not None:
         checkpointer.wait()
+    if received:  # During the last save, when nothing was left to be cut short.
+        raise Interrupted(128 + received[0])
     return Fitted(
         state=state,
         history=history,
@@ -180,6 +185,22 @@ def _draw(batches: Batches, step: int, steps: int) -> Batch:
         raise UserError(
             f"the data ended before step {step} of {steps}; repeat the data for more epochs, or train for fewer steps"
         ) from None
+
+
+def _leave(
+    number: int,
+    step: int,
+    state: TrainState,
+    losses: dict[int, jax.Array],
+    batches: Batches,
+    checkpointer: Checkpointer | None,
+) -> NoReturn:
+    """Saves what is done and ends the run as the signal asked for."""
+    if checkpointer is not None:
+        _require_finite(losses, checkpointer, state)
+        checkpointer.save(step, state, batches.state(), force=True)
+        checkpointer.wait()
+    raise Interrupted(128 + number)
 
 
 def _require_finite(
@@ -203,66 +224,6 @@ def _require_finite(
 @jax.jit
 def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-class _Clock:
-    """Times the first step and the others apart; it waits for the device only where it is read or paused."""
-
-    def __init__(self) -> None:
-        self.first_step_seconds: float | None = None
-        self._since = time.perf_counter()
-        self._first_read = False
-        self._seconds, self._timed, self._pending, self._examples = 0.0, 0, 0, 0
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Mean over all steps but the first that were waited for."""
-        return self._seconds / self._timed if self._timed else None
-
-    @property
-    def examples_per_second(self) -> float | None:
-        """Of the global batch."""
-        return self._examples / self.seconds_per_step if self._timed else None
-
-    def stepped(self, metrics: Metrics, examples: int) -> None:
-        """Counts a step, and waits for it if it is the first: that is when the step compiles."""
-        self._examples = examples
-        if self.first_step_seconds is None:
-            jax.block_until_ready(metrics)
-            self.first_step_seconds = time.perf_counter() - self._since
-            self._since = time.perf_counter()
-        else:
-            self._pending += 1
-
-    def read(self, metrics: Metrics) -> dict[str, float]:
-        """The first step's time, once; the others' mean since the last reading or pause; and the peak memory."""
-        record: dict[str, float] = {"peak_memory_bytes": peak_memory_bytes()}
-        if not self._first_read:
-            record["first_step_seconds"] = self.first_step_seconds
-            self._first_read = True
-        timed, seconds = self._wait(metrics)
-        if timed:
-            record |= {"seconds_per_step": seconds / timed, "examples_per_second": self._examples * timed / seconds}
-        return record
-
-    @contextlib.contextmanager
-    def paused(self, metrics: Metrics) -> Iterator[None]:
-        """Leaves out the time of what is done inside."""
-        self._wait(metrics)
-        try:
-            yield
-        finally:
-            self._since = time.perf_counter()
-
-    def _wait(self, metrics: Metrics) -> tuple[int, float]:
-        """Waits for all steps begun; how many there were since the last wait, and the seconds they took."""
-        jax.block_until_ready(metrics)
-        now = time.perf_counter()
-        timed, seconds = self._pending, now - self._since
-        self._since, self._pending = now, 0
-        if timed:
-            self._timed, self._seconds = self._timed + timed, self._seconds + seconds
-        return timed, seconds
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Pictures of scenes, and annotations that need pixels: boxes, padded arrays, labels of patches.
 
-A glyph (one shape with one texture at one extent) is drawn once with Pillow at eight times its extent, averaged down
-and kept; a picture is then a few blends of small arrays, which costs little beside a training step.
+A glyph (one shape with one texture at one extent) is drawn once with Pillow at up to eight times its extent, averaged
+down and kept; a picture is then a few blends of small arrays, which costs little beside a training step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from vla_jax.data.scenes.sampling import MAX_OBJECTS, Scene, SceneObject
 from vla_jax.data.scenes.vocabulary import COLORS, PALETTE, PLACES, SHAPES, SIZES, TEXTURES
 from vla_jax.errors import UserError
 
-_SUPERSAMPLING = 8
+# Small glyphs are drawn eight times as large as they are needed, larger ones at this many pixels, twice at least.
+_DRAWN_SIDE = 160
 _PALETTE = np.array([PALETTE[name] for name in COLORS], np.float32)
 # Gaps between stripes, and dots, are white with some of the object's colour, so that the shape stays whole to the eye.
 _GAP_WHITE = 0.7
@@ -97,10 +98,9 @@ def _inside(silhouette: Image.Image, thickness: int) -> Image.Image:
     return framed.crop((1, 1, side + 1, side + 1))
 
 
-def _gaps(texture: str, silhouette: Image.Image, extent: int) -> Image.Image:
-    """What a texture leaves pale, or for ``hollow`` open."""
+def _gaps(texture: str, silhouette: Image.Image, extent: int, pixel: int) -> Image.Image:
+    """What a texture leaves pale, or for ``hollow`` open; ``pixel`` is the drawn width of one pixel."""
     side = silhouette.width
-    pixel = _SUPERSAMPLING
     if texture == "hollow":
         return _inside(silhouette, round(max(1.3, 0.1 * extent) * pixel))
     pattern = Image.new("L", (side, side), 0)
@@ -125,10 +125,11 @@ def _gaps(texture: str, silhouette: Image.Image, extent: int) -> Image.Image:
 @functools.lru_cache(maxsize=4096)
 def glyph(shape: int, texture: int, extent: int) -> Glyph:
     """A shape (id) with a texture (id) in a square of ``extent`` pixels."""
-    silhouette = _silhouette(SHAPES[shape], extent * _SUPERSAMPLING)
-    gaps = _gaps(TEXTURES[texture], silhouette, extent)
+    pixel = min(8, max(2, math.ceil(_DRAWN_SIDE / extent)))
+    silhouette = _silhouette(SHAPES[shape], extent * pixel)
+    gaps = _gaps(TEXTURES[texture], silhouette, extent, pixel)
     whole, open_ = (
-        np.asarray(image, np.float32).reshape(extent, _SUPERSAMPLING, extent, _SUPERSAMPLING).mean((1, 3)) / 255
+        np.asarray(image, np.float32).reshape(extent, pixel, extent, pixel).mean((1, 3)) / 255
         for image in (silhouette, gaps)
     )
     hollow = TEXTURES[texture] == "hollow"

@@ -34,18 +34,19 @@ class SceneSource:
 
     With ``config.patch_grid`` captions and twins also carry ``patch_labels``, int32 [grid, grid, 4], and ``objects``
     (see :func:`render.object_arrays`); twins also ``twin_patch_labels`` and ``twin_objects``.
+
+    Args:
+        split: ``train``, ``validation`` or ``test``; their scenes share no content.
+        kind: one of :data:`KINDS`.
+        config: what scenes look like and what is said; the defaults if not given.
+        length: number of examples; the configuration's if not given.
+
+    Raises:
+        UserError: unknown split or kind, or a length below one; reading an example, that the configuration leaves
+            nothing to draw it from.
     """
 
     def __init__(self, split: str, kind: str, config: SceneConfig | None = None, length: int | None = None):
-        """Args:
-            split: ``train``, ``validation`` or ``test``; their scenes share no content.
-            kind: one of :data:`KINDS`.
-            config: what scenes look like and what is said; the defaults if not given.
-            length: number of examples; the configuration's if not given.
-
-        Raises:
-            UserError: unknown split or kind, or a length below one.
-        """
         if kind not in _MAKERS:
             raise unknown("kind of example", kind, KINDS)
         self.split = check_split(split)

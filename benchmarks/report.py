@@ -1,0 +1,220 @@
+"""What ``train_step.py`` measured, as a table to print and as the results section of ``README.md``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+COLUMNS = (
+    "model",
+    "method",
+    "framework",
+    "step [quartiles], s",
+    "step, ours / peer",
+    "forward, s",
+    "adapter overhead [quartiles], %",
+    "peak (after import), GiB",
+    "peak, ours / peer",
+    "compile, s",
+    "first step, s",
+    "share of product, %",
+)
+# The most that a forward with adapters may take above one without, in per cent.
+OVERHEAD_TARGET = 3.0
+
+Record = dict[str, Any]
+
+
+def machine() -> dict[str, Any]:
+    """The machine, and how busy it was before the run: runnable tasks in the mean of the last minute."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Of any number of values."""
+        values = list(values)
+        low, median, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+        return cls(low, median, high)
+
+    def text(self, digits: int) -> str:
+        """``median [low, high]``."""
+        return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All rounds of one framework, model and method."""
+
+    records: tuple[Record, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.records[0][name]
+
+    def pooled(self, name: str) -> list[float]:
+        """A list of times, of all rounds together."""
+        return [value for record in self.records for value in record[name]]
+
+    def median(self, name: str) -> float:
+        """The median of one number a round."""
+        return statistics.median(record[name] for record in self.records)
+
+    @property
+    def step(self) -> Spread:
+        """Seconds of a training step."""
+        return Spread.of(self.pooled("steps"))
+
+    @property
+    def overhead(self) -> Spread:
+        """By how much a forward with adapters takes longer than its pair without, in per cent."""
+        pairs = zip(self.pooled("adapted"), self.pooled("bare"), strict=True)
+        return Spread.of(100 * (adapted / bare - 1) for adapted, bare in pairs)
+
+    @property
+    def peak(self) -> float:
+        """Peak memory of training in GiB, the largest of the rounds."""
+        return max(record["peak"] for record in self.records) / 2**30
+
+
+def compare(records: Sequence[Record]) -> list[tuple[Summary, Summary]]:
+    """Ours and the peer's of each model and method, from the newest run that has them in all its rounds."""
+    cases: dict[tuple[str, str], dict[str, dict[str, list[Record]]]] = {}
+    for record in records:
+        runs = cases.setdefault((record["model"], record["method"]), {})
+        runs.setdefault(record["run"], {}).setdefault(record["framework"], []).append(record)
+    pairs = []
+    for runs in cases.values():
+        whole = [run for run in runs.values() if len(run.get("pytorch", ())) == len(run.get("vla_jax", ())) > 0]
+        if whole:
+            ours, peer = (Summary(tuple(whole[-1][framework])) for framework in ("vla_jax", "pytorch"))
+            pairs.append((ours, peer))
+    return pairs
+
+
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """One row a framework under :data:`COLUMNS`."""
+    found = []
+    for ours, peer in compare(records):
+        product = max(ours.median("product"), peer.median("product"))
+        for summary in (ours, peer):
+            mine = summary is ours
+            found.append(
+                [
+                    summary["model"],
+                    summary["method"],
+                    f"vla_jax, remat {summary['remat']}" if mine else "PyTorch",
+                    summary.step.text(3),
+                    f"{ours.step.median / peer.step.median:.2f}" if mine else "",
+                    f"{statistics.median(summary.pooled('adapted')):.3f}",
+                    "" if summary["method"] == "full" else summary.overhead.text(1),
+                    f"{summary.peak:.2f} ({summary.median('after_import') / 2**30:.2f})",
+                    f"{ours.peak / peer.peak:.2f}" if mine else "",
+                    f"{summary.median('compile'):.1f}" if mine else "",
+                    f"{summary.median('first_step'):.1f}",
+                    f"{100 * summary['step_flop'] / summary.step.median / product:.0f}",
+                ]
+            )
+    return found
+
+
+def show(records: Sequence[Record]) -> Table:
+    """The table to print."""
+    table = Table(title="Training step and forward", show_lines=False)
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if number < 3 else "right")
+    for row in rows(records):
+        table.add_row(*row, end_section=row[2] == "PyTorch")
+    return table
+
+
+def targets(records: Sequence[Record]) -> list[str]:
+    """A Markdown line for each model and method: which targets are met, and by how much the others are missed."""
+    lines = []
+    for ours, peer in compare(records):
+        slower = 100 * (ours.step.median / peer.step.median - 1)
+        forward = 100 * (statistics.median(ours.pooled("adapted")) / statistics.median(peer.pooled("adapted")) - 1)
+        memory = 100 * (ours.peak / peer.peak - 1)
+        judged = [
+            ("step no slower than the peer's", slower, slower <= 0),
+            ("forward no slower than the peer's", forward, forward <= 0),
+            ("less memory than the peer", memory, memory < 0),
+        ]
+        if ours["method"] != "full":
+            overhead = ours.overhead.median
+            judged.append((f"adapter overhead at most {OVERHEAD_TARGET:g} %", overhead, overhead <= OVERHEAD_TARGET))
+        verdicts = [f"{what}: {'met' if met else '**missed**'} ({value:+.1f} %)" for what, value, met in judged]
+        lines.append(f"- {ours['model']}, {ours['method']}: {'; '.join(verdicts)}.")
+    return lines
+
+
+def section(records: Sequence[Record]) -> str:
+    """The results section: how each run was made, the table and the targets."""
+    runs: dict[str, list[Record]] = {}
+    for pair in compare(records):
+        for summary in pair:
+            for record in summary.records:
+                runs.setdefault(record["run"], []).append(record)
+    lines = []
+    for run, members in runs.items():
+        first, own = members[0], members[0]["machine"]
+        versions = {name: value for member in members for name, value in member["versions"].items()}
+        threads = sorted({f"{member['framework']} {member['threads']}" for member in members})
+        lines += [
+            f"Run of {run}, batch {first['batch']}, {first['dtype']}:",
+            "",
+            f"    {first['command']}",
+            "",
+            f"- machine: {own['processor']}, {own['cores']} cores, {own['memory'] / 2**30:.0f} GiB, {own['system']}; "
+            f"device {first['device']} ({first['device_name']}); load before the run {own['load']:.1f}",
+            f"- threads: {', '.join(threads)}; Python {own['python']}, "
+            + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+            "",
+        ]
+    body = rows(records)
+    lines.append(f"| {' | '.join(COLUMNS)} |")
+    lines.append(f"|{'|'.join([' --- '] * 3 + [' ---: '] * (len(COLUMNS) - 3))}|")
+    lines += [f"| {' | '.join(row)} |" for row in body]
+    return "\n".join([*lines, "", "Targets:", "", *targets(records)])
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file, one JSON object a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def fill_readme(path: Path, records: Sequence[Record]) -> None:
+    """Replaces what stands between the two markers of a README."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise ValueError(f"{path} must have the lines {START} and {END} once each")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{START}\n\n{section(records)}\n\n{END}{after}", encoding="utf-8")

@@ -1,0 +1,370 @@
+"""What does fusing the two modalities inside the adapter buy, against independent adapters, LoRA and full fine-tuning?
+
+    python launch.py --experiment=fusion_ablation
+    python launch.py --experiment=fusion_ablation --config.preset=smoke
+    python launch.py --experiment=fusion_ablation --config.backbone=FOLDER --config.rank=64
+
+Two tasks: true or false statements about generated scenes (attribute binding, relations, counts; balanced so that
+neither the text nor the picture alone tells), and the questions of easy-VQA. Every variant has the same steps, data and
+linear head; its learning rate is chosen on validation data. ``independent`` is the fusion adapter without fusion: the
+same bottlenecks in the same places. Models that judge statements also score Winoground-format quadruples of scenes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rich
+import rich.table
+
+from vla_jax.adapters import Fusion, LoRA, Placement
+from vla_jax.backbones.convert import abstract_params
+from vla_jax.backbones.loading import Backbone, load_backbone, load_config
+from vla_jax.backbones.transformer import Compute
+from vla_jax.comparison import Budget, Comparison, Outcome, TaskData, Variant
+from vla_jax.data.builders.easy_vqa import QUESTION_KINDS
+from vla_jax.data.builders.scenes import ScenesConfig
+from vla_jax.data.image import Preprocess
+from vla_jax.data.pipeline import TransformExample
+from vla_jax.data.quadruple_pairs import QuadruplePairs, as_scores
+from vla_jax.data.scenes import SceneConfig
+from vla_jax.data.sources import load_source, make_builder
+from vla_jax.data.text import Tokenize
+from vla_jax.errors import UserError, unknown
+from vla_jax.evaluation import winoground
+from vla_jax.evaluation.statistics import accuracy, paired_difference
+from vla_jax.reporting.figure import Panel, accuracy_against_parameters, dot_plot
+from vla_jax.reporting.table import Column, Table
+from vla_jax.tasks.classification import Classification
+from vla_jax.tasks.matching import Matching
+from vla_jax.training.optimizer import OptimizerConfig
+from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
+
+STATEMENT_KINDS = ("binding", "relation", "count")
+TASKS = ("statements", "easy_vqa")
+FUSED = ("gate", "attention", "gate_attention")
+PLACED = ("best_early", "best_late")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole experiment.
+
+    Attributes:
+        preset: the name of the preset it came from.
+        backbone: hub name, folder, or ``tiny``.
+        tasks: which tasks, of ``statements`` and ``easy_vqa``.
+        variants: which variants, in the order of the table; all of them if empty.
+        rank: width of the bottlenecks.
+        heads: attention heads of the fusion adapters.
+        lora_rank: rank of LoRA on queries and values.
+        adapter_rates: learning rates tried for everything but full fine-tuning.
+        full_rates: learning rates tried for full fine-tuning and the controls.
+        budget: steps, batch, seeds and optimiser, the same for every variant.
+        train: training statements.
+        validation: validation examples of each task.
+        test: test examples of each task.
+        quadruples: Winoground-format quadruples.
+        text_length: tokens a text; must hold the longest.
+        data_dir: where data sets are built and kept.
+        compute: how the backbone is run.
+        mesh: the devices.
+    """
+
+    preset: Literal["default", "smoke", "full"] = "default"
+    backbone: str = "tiny"
+    tasks: tuple[str, ...] = TASKS
+    variants: tuple[str, ...] = ()
+    rank: int = 32
+    heads: int = 4
+    lora_rank: int = 8
+    adapter_rates: tuple[float, ...] = (2e-3, 6e-3)
+    full_rates: tuple[float, ...] = (3e-4, 1e-3)
+    budget: Budget = dataclasses.field(
+        default_factory=lambda: Budget(
+            steps=300, batch_size=64, optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01)
+        )
+    )
+    train: int = 16_000
+    validation: int = 1_000
+    test: int = 2_000
+    quadruples: int = 300
+    text_length: int = 20
+    data_dir: str = "data"
+    compute: Compute = dataclasses.field(default_factory=Compute)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        for task in self.tasks:
+            if task not in TASKS:
+                raise unknown("task", task, TASKS)
+        for name in self.variants:
+            if name not in VARIANTS:
+                raise unknown("variant", name, VARIANTS)
+        if set(PLACED) & set(self.variants) and not set(FUSED) & set(self.variants):
+            raise UserError(f"{' and '.join(PLACED)} place the best of {', '.join(FUSED)}; ask for one of those too")
+        if min(self.train, self.validation, self.test, self.quadruples) < 1:
+            raise UserError("train, validation, test and quadruples must be at least 1")
+
+
+VARIANTS = (
+    "text_only",
+    "image_only",
+    "linear",
+    "lora",
+    "independent",
+    "tied",
+    *FUSED,
+    *PLACED,
+    "full",
+)
+
+PRESETS = {
+    "default": Config(),
+    "smoke": Config(
+        preset="smoke",
+        variants=("linear", "independent", "gate_attention"),
+        adapter_rates=(2e-3,),
+        budget=Budget(steps=12, batch_size=32, checkpoint_every=6, log_every=4),
+        train=400,
+        validation=100,
+        test=200,
+        quadruples=20,
+    ),
+    "full": Config(
+        preset="full",
+        adapter_rates=(1e-3, 2e-3, 6e-3),
+        full_rates=(1e-4, 3e-4, 1e-3),
+        budget=Budget(
+            steps=4000,
+            batch_size=128,
+            seeds=(0, 1, 2),
+            optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
+        ),
+        train=100_000,
+        validation=4_000,
+        test=8_000,
+        quadruples=1_000,
+    ),
+}
+
+
+def variants(config: Config, backbone: Backbone) -> Iterator[Variant]:
+    """The variants that do not depend on results, in the table's order."""
+    asked = config.variants or VARIANTS
+    towers = backbone.config.towers
+    # Weights cannot be shared between towers of different widths; the other variants do not need it.
+    fits_tied = towers["vision"].width == towers["text"].width
+    for name in asked:
+        if name in PLACED or (name == "tied" and not config.variants and not fits_tied):
+            continue
+        yield _variant(config, name)
+
+
+def _variant(config: Config, name: str) -> Variant:
+    rates = {"learning_rates": config.adapter_rates}
+    full = {"learning_rates": config.full_rates, "rules": "full"}
+    if name == "text_only":
+        return Variant(name, "text only (control)", modalities=("text",), group="control", **full)
+    if name == "image_only":
+        return Variant(name, "image only (control)", modalities=("image",), group="control", **full)
+    if name == "linear":
+        return Variant(name, "linear head alone", rules="linear_probe", group="no adapter", **rates)
+    if name == "full":
+        return Variant(name, "full fine-tuning", group="no adapter", **full)
+    if name == "lora":
+        placement = Placement(LoRA(rank=config.lora_rank, alpha=2.0 * config.lora_rank), slots=("attn_q", "attn_v"))
+        return Variant(name, "LoRA on q, v", placements=(placement,), group="independent", **rates)
+    if name in ("independent", "tied"):
+        title = "independent bottlenecks" if name == "independent" else "tied bottlenecks"
+        method = Fusion(rank=config.rank, mix="none", shared=name == "tied")
+        return Variant(name, title, placements=(Placement(method),), group="independent", **rates)
+    return _fused(config, name, name, "all")
+
+
+def _fused(config: Config, name: str, mix: str, layers: str) -> Variant:
+    method = Fusion(rank=config.rank, heads=config.heads, mix=mix)
+    title = {"gate": "gated fusion", "attention": "attention fusion", "gate_attention": "gate and attention"}[mix]
+    where = "" if layers == "all" else f", {layers} layers"
+    placement = Placement(method, layers=layers)
+    return Variant(name, title + where, placements=(placement,), group="fusion", learning_rates=config.adapter_rates)
+
+
+def check(config: Config) -> Any:
+    """Refuses what cannot be run, before anything is compiled; returns the table for ``--dry_run``."""
+    shape = load_config(config.backbone)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.budget.batch_size, mesh)
+    if config.text_length > shape.context_length:
+        raise UserError(
+            f"text_length {config.text_length} is longer than the backbone's context of {shape.context_length} tokens"
+        )
+    shapes = Backbone(config.backbone, shape, abstract_params(shape), "", None)
+    report = rich.table.Table(title=f"fusion_ablation, {config.preset}: {config.backbone}")
+    for heading in ("variant", "trained", "of the backbone", "adapters"):
+        report.add_column(heading, justify="left" if heading in ("variant", "adapters") else "right")
+    first = None
+    for variant in variants(config, shapes):
+        data = TaskData(_task(config.tasks[0]), {}, None)
+        table = Comparison(shapes, data, config.budget, config.compute, mesh, Path()).table(variant)
+        sites = "; ".join(f"{p.method.kind} in {', '.join(p.slots)}, {p.layers} layers" for p in variant.placements)
+        report.add_row(variant.title, f"{table.trained:,}", f"{table.share_of_backbone:.2f} %", sites or "none")
+        first = table if variant.name == "gate_attention" or first is None else first
+    return rich.console.Group(report, first.summary())
+
+
+def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
+    """Runs every variant on every task, and writes table and figures anew after each."""
+    backbone = load_backbone(config.backbone)
+    mesh = make_mesh(config.mesh)
+    rows: dict[str, dict[str, Any]] = {}
+    for task in config.tasks:
+        data = _data(config, task, backbone)
+        comparison = Comparison(backbone, data, config.budget, config.compute, mesh, workdir / "runs" / task)
+        outcomes: dict[str, Outcome] = {}
+        for variant in _in_order(config, backbone, outcomes):
+            outcomes[variant.name] = comparison.run(variant)
+            row = rows.setdefault(
+                variant.name, {"name": variant.name, "variant": variant.title, "group": variant.group}
+            )
+            row |= _results(task, data, outcomes[variant.name], outcomes.get("independent"))
+            _report(config, list(rows.values()), workdir)
+    rich.print(_table(config, list(rows.values())).terminal())
+    rich.print(f"table, figures and runs: {workdir}")
+    return list(rows.values())
+
+
+def _in_order(config: Config, backbone: Backbone, outcomes: dict[str, Outcome]) -> Iterator[Variant]:
+    """The variants, with the best fusion (on validation data) placed early and late as soon as it is known."""
+    yield from variants(config, backbone)
+    for name in PLACED:
+        fused = [outcomes[mix] for mix in FUSED if mix in outcomes]
+        if fused and name in (config.variants or VARIANTS):
+            best = max(fused, key=lambda outcome: outcome.validation[outcome.learning_rate])
+            yield _fused(config, name, best.variant.name, name.removeprefix("best_"))
+
+
+def _task(task: str) -> Matching | Classification:
+    if task == "statements":
+        return Matching("statements")
+    answers = make_builder("easy_vqa", "data").info.features["answer_id"].num_classes
+    return Classification("easy_vqa", answers)
+
+
+def _data(config: Config, task: str, backbone: Backbone) -> TaskData:
+    preprocess, tokenize = Preprocess(backbone.image_processor), Tokenize(backbone.tokenizer, config.text_length)
+    if task == "easy_vqa":
+        limits = {"train": "train", "validation": f"validation[:{config.validation}]", "test": f"test[:{config.test}]"}
+        splits = {split: load_source("easy_vqa", part, config.data_dir) for split, part in limits.items()}
+        transform = TransformExample(preprocess, tokenize, text_key="question", label_key="answer_id")
+        return TaskData(_task(task), splits, transform)
+    scene = SceneConfig(image_size=backbone.config.image_size)
+    sizes = {"train": config.train, "validation": config.validation, "test": config.test}
+    named = "_".join(map(str, [scene.image_size, *sizes.values()]))
+    built = ScenesConfig(name=f"statements_{named}", kind="statements", scene=scene, **sizes)
+    splits = {split: load_source("scenes", split, config.data_dir, built) for split in sizes}
+    quadruples = ScenesConfig(
+        name=f"quadruples_{scene.image_size}_{config.quadruples}",
+        kind="quadruples",
+        scene=scene,
+        train=1,
+        validation=1,
+        test=config.quadruples,
+    )
+    probes = {"quadruples": QuadruplePairs(load_source("scenes", "test", config.data_dir, quadruples))}
+    return TaskData(_task(task), splits, TransformExample(preprocess, tokenize, label_key="label"), probes)
+
+
+def _results(task: str, data: TaskData, outcome: Outcome, independent: Outcome | None) -> dict[str, Any]:
+    """What a variant's row says of one task."""
+    found = outcome.predictions["test"]
+    correct, index = found["correct"], found["index"][0]
+    examples = [data.splits["test"][int(i)] for i in index]
+    # Questions on one picture stand or fall together; statements have a picture each.
+    clusters = np.array([example["image_id"] for example in examples]) if task == "easy_vqa" else None
+    row: dict[str, Any] = {
+        "trained": outcome.table.trained,
+        "share": outcome.table.trained / outcome.table.backbone,
+        f"{task}": accuracy(correct, clusters),
+        f"{task}_learning_rate": outcome.learning_rate,
+        f"{task}_validation": {f"{rate:g}": value for rate, value in outcome.validation.items()},
+        f"{task}_step_seconds": outcome.seconds_per_step,
+        f"{task}_step_bytes": outcome.step_bytes,
+        f"{task}_adapter_bytes": outcome.adapter_bytes,
+    }
+    if independent is not None and outcome is not independent:
+        row[f"{task}_difference"] = paired_difference(correct, independent.predictions["test"]["correct"], clusters)
+    kinds, field = (STATEMENT_KINDS, "statement_kind") if task == "statements" else (QUESTION_KINDS, "question_kind")
+    for number, kind in enumerate(kinds):
+        chosen = [_is_kind(example[field], kind, number) for example in examples]
+        if any(chosen):
+            row[f"{task}_{kind}"] = accuracy(correct[:, chosen])
+    if "quadruples" in outcome.predictions:
+        scored = outcome.predictions["quadruples"]
+        scores = winoground.evaluate(as_scores(scored["score"]))
+        row |= {f"quadruples_{name}": getattr(scores, name) for name in winoground.CHANCE}
+    return row
+
+
+def _is_kind(value: Any, kind: str, number: int) -> bool:
+    """Whether a stored kind, a label or a text, is this one."""
+    return value.decode() == kind if isinstance(value, bytes) else value in (kind, number)
+
+
+def _table(config: Config, rows: list[dict[str, Any]]) -> Table:
+    columns = [
+        Column.text("variant", "variant"),
+        Column.number("trained", "trained", format=",d"),
+        Column.percent("share", "of backbone", ".2f"),
+    ]
+    if "statements" in config.tasks:
+        columns += [
+            Column.accuracy("statements", "statements"),
+            Column.difference("statements_difference", "against indep."),
+        ]
+        columns += [Column.accuracy(f"statements_{kind}", kind) for kind in STATEMENT_KINDS]
+        columns += [Column.accuracy(f"quadruples_{name}", f"quad. {name}") for name in winoground.CHANCE]
+    if "easy_vqa" in config.tasks:
+        columns += [Column.accuracy("easy_vqa", "easy-VQA"), Column.difference("easy_vqa_difference", "against indep.")]
+    first = config.tasks[0]
+    columns += [
+        Column.number(f"{first}_step_seconds", "step", "ms", ",.0f", 1e3),
+        Column.number(f"{first}_step_bytes", "step memory", "MiB", ",.0f", 2**-20),
+        Column.number(f"{first}_adapter_bytes", "saved", "KiB", ",.0f", 2**-10),
+    ]
+    return Table(columns, rows, title=f"Fusion ablation on {config.backbone}")
+
+
+def _report(config: Config, rows: list[dict[str, Any]], workdir: Path) -> None:
+    _table(config, rows).write(workdir, "results")
+    panels = []
+    if "statements" in config.tasks:
+        panels += [Panel("statements", "statements", 0.5)]
+        panels += [Panel(f"statements_{kind}", kind, 0.5) for kind in STATEMENT_KINDS]
+    if "easy_vqa" in config.tasks:
+        panels.append(Panel("easy_vqa", "easy-VQA"))
+    controls = {row["variant"]: row for row in rows if row["group"] == "control"}
+    shown = [row for row in rows if row["group"] != "control"]
+    if shown:
+        dot_plot(
+            shown,
+            panels,
+            workdir / "results.png",
+            group="group",
+            note=lambda row: f"{100 * row['share']:.2f} %",
+            note_title="trained",
+            controls=controls,
+            title="What fusing inside the adapter buys",
+        )
+        accuracy_against_parameters(
+            [row for row in shown if config.tasks[0] in row],
+            workdir / "parameters.png",
+            value=config.tasks[0],
+            parameters="trained",
+            group="group",
+            title=f"Accuracy on {config.tasks[0]} against trained parameters",
+        )

@@ -1,0 +1,59 @@
+import dataclasses
+import json
+
+import pytest
+
+from experiments.pretrain_tiny import CONFIG, Phase, run
+from vla_jax.backbones.loading import load_backbone
+from vla_jax.data.scenes import SceneConfig
+from vla_jax.data.scenes.vocabulary import WORDS, split_words
+from vla_jax.tasks.scene_pretraining import ScenePairs
+
+SMALL = dataclasses.replace(
+    CONFIG,
+    phases=(Phase("image", 2, False, 5, 48, 1e-3, 0.1), Phase("both", 2, True, 2, 27, 1e-3, 0.0)),
+    pairs=8,
+    width=16,
+    vision_depth=1,
+    text_depth=1,
+    projection=8,
+    evaluated=4,
+    candidates=4,
+    log_every=1,
+)
+
+
+def test_every_word_of_tasks_occurs_in_pretraining():
+    scenes = SceneConfig(seed=CONFIG.seed, image_size=32)
+    pairs = ScenePairs(scenes, CONFIG.twin_share)
+    seen = {word for index in range(1500) for example in pairs[index] for word in split_words(example["caption"])}
+    assert set(WORDS) - seen == set()
+
+
+def test_twins_make_up_their_share_and_have_other_captions():
+    pairs = ScenePairs(SceneConfig(image_size=32), 0.5)
+    drawn = [pairs[index] for index in range(100)]
+    twins = [pair for pair in drawn if "swapped" in pair[0]]
+    assert 48 <= len(twins) <= 52
+    assert all(one["caption"] != other["caption"] and one["scene"] != other["scene"] for one, other in twins)
+
+
+@pytest.mark.slow
+def test_a_few_steps_end_in_a_loadable_backbone_and_going_on_changes_nothing(tmp_path):
+    found = run(SMALL, tmp_path)
+    folder = tmp_path / "tiny"
+    backbone = load_backbone(str(folder))
+    assert (backbone.config.image_size, backbone.config.patch_size) == (CONFIG.image_size, CONFIG.patch_size)
+    assert set(backbone.tokenizer.tokenize("is there a red circle ?")) == {"is", "there", "a", "red", "circle", "?"}
+    assert "shape of a single object" in (folder / "CARD.md").read_text()
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert [(record["phase"], record["step"]) for record in log] == [
+        ("image", 1),
+        ("image", 2),
+        ("both", 1),
+        ("both", 2),
+    ]
+    assert "validation/shape" in log[-1]
+
+    assert run(SMALL, tmp_path) == found
+    assert load_backbone(str(folder)).fingerprint == backbone.fingerprint

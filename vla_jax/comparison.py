@@ -1,0 +1,343 @@
+"""Compares variants of a model on one task, alike in everything but what is compared: steps, data, selection, seeds.
+
+Each variant is trained with every learning rate of the grid on the first seed; the best on validation data is kept (its
+run is the first seed's) and trained again on the other seeds. Test data are looked at once, by the chosen runs. Every
+run has a folder of its own: a finished one is read, an unfinished one goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from vla_jax import names
+from vla_jax.adapters import Placement
+from vla_jax.backbones.loading import Backbone
+from vla_jax.backbones.transformer import Compute
+from vla_jax.data.batches import Batches
+from vla_jax.data.cached import ArraySource, as_rows, evaluate
+from vla_jax.data.pipeline import Pipeline
+from vla_jax.data.stages import Source, Transform
+from vla_jax.errors import UserError
+from vla_jax.model import MODALITIES, AdaptedModel, Task
+from vla_jax.reporting.table import write_atomically
+from vla_jax.training.checkpoint import Checkpointer, load_adapters, save_adapters
+from vla_jax.training.checkpoint_metadata import Identity
+from vla_jax.training.metrics import JsonLines, TensorBoard
+from vla_jax.training.optimizer import OptimizerConfig, make_optimizer
+from vla_jax.training.presets import preset
+from vla_jax.training.sharding import batch_sharding, place
+from vla_jax.training.step import Step, TrainState, init_state, make_eval_step, make_train_step, step_shardings
+from vla_jax.training.table import ParameterTable, ResolvedTable
+from vla_jax.training.trainer import fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One of the things compared.
+
+    Attributes:
+        name: of its folder and in the tables' data.
+        title: in tables and figures.
+        rules: the preset of the parameter table that says what is trained.
+        placements: what sits in the slots.
+        modalities: what the model is shown.
+        group: the family it is drawn with.
+        learning_rates: the grid from which its own is chosen on validation data.
+    """
+
+    name: str
+    title: str
+    rules: str = "adapters"
+    placements: tuple[Placement, ...] = ()
+    modalities: tuple[str, ...] = MODALITIES
+    group: str = "adapters"
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+
+    def __post_init__(self):
+        if not self.learning_rates:
+            raise UserError(f"variant {self.name!r} has no learning rate to choose from")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What every variant gets.
+
+    Attributes:
+        steps: training steps of a run.
+        batch_size: examples of a step.
+        seeds: of parameters, order of the data and dropout; the first one serves the choice.
+        optimizer: everything else of the optimiser.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between logged ones.
+    """
+
+    steps: int = 400
+    batch_size: int = 64
+    seeds: tuple[int, ...] = (0,)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint_every: int = 200
+    log_every: int = 20
+
+    def __post_init__(self):
+        if not self.seeds:
+            raise UserError("a comparison needs at least one seed")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds name one twice: {', '.join(map(str, self.seeds))}")
+        if min(self.steps, self.batch_size, self.checkpoint_every, self.log_every) < 1:
+            raise UserError("steps, batch_size, checkpoint_every and log_every must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task with its data.
+
+    Attributes:
+        task: head, loss and metrics.
+        splits: raw examples of ``train``, ``validation`` and ``test``.
+        transform: makes a row of a raw example.
+        probes: further raw examples by name, which every chosen run makes predictions for.
+    """
+
+    task: Task
+    splits: Mapping[str, Source]
+    transform: Transform
+    probes: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a variant.
+
+    Attributes:
+        variant: the variant.
+        table: its parameters and which of them are trained.
+        learning_rate: the chosen one.
+        validation: accuracy on validation data by learning rate, first seed.
+        predictions: by name (``test`` and the probes) and field ``[seeds, examples]``: the task's predictions, and
+            ``index``, the examples' places in their source.
+        seconds_per_step: mean of the chosen runs.
+        step_bytes: arguments and temporaries of the compiled step, by the compiler's account.
+        adapter_bytes: size on disk of the first chosen run's trained parameters.
+    """
+
+    variant: Variant
+    table: ResolvedTable
+    learning_rate: float
+    validation: dict[float, float]
+    predictions: dict[str, dict[str, np.ndarray]]
+    seconds_per_step: float
+    step_bytes: int
+    adapter_bytes: int
+
+
+class Comparison:
+    """Variants of one backbone on one task."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: TaskData,
+        budget: Budget,
+        compute: Compute,
+        mesh: jax.sharding.Mesh,
+        folder: Path,
+    ):
+        """Sets up a comparison; nothing is computed yet.
+
+        Args:
+            backbone: the backbone.
+            data: the task and its data.
+            budget: what every variant gets.
+            compute: how the backbone is run.
+            mesh: where.
+            folder: where runs are kept.
+        """
+        self.backbone, self.data, self.budget, self.compute = backbone, data, budget, compute
+        self.mesh, self.folder = mesh, folder
+        self._streams: dict[tuple[tuple[str, int], ...], dict[str, ArraySource]] = {}
+
+    def model(self, variant: Variant) -> AdaptedModel:
+        """The variant's model."""
+        return AdaptedModel(self.backbone, self.data.task, variant.placements, self.compute, variant.modalities)
+
+    def table(self, variant: Variant) -> ResolvedTable:
+        """The variant's parameter table; computes nothing."""
+        return ParameterTable(preset(variant.rules)).resolve(self.model(variant).shapes())
+
+    def run(self, variant: Variant) -> Outcome:
+        """Trains and tests a variant, or reads what is finished of it."""
+        return _VariantRun(self, variant).outcome()
+
+    def sources(self, model: AdaptedModel, table: ResolvedTable) -> tuple[Mapping[str, Source], Transform]:
+        """The data as a variant's model takes them: with the part that no trained weight touches already computed."""
+        touched = any(row.train and row.name.startswith("backbone/") for row in table.rows)
+        if touched or set(model.modalities) != set(MODALITIES):
+            return self.data.splits, self.data.transform
+        at = tuple(sorted(model.plan.first_layers().items()))
+        if at not in self._streams:
+            self._streams[at] = {split: self._computed(model, split) for split in self.data.splits}
+        return self._streams[at], as_rows
+
+    def _computed(self, model: AdaptedModel, split: str) -> ArraySource:
+        program = jax.jit(lambda backbone, batch: model.prefix({"backbone": backbone}, batch))
+        pipeline = Pipeline(self.data.splits[split], self.data.transform, self.budget.batch_size, training=False)
+        keep = ("tokens", "text_mask", "label", "route")
+        rows = evaluate(
+            pipeline,
+            lambda batch: program(self.backbone.params, batch),
+            batch_sharding(self.mesh),
+            keep=keep,
+            description=f"frozen part of {split}",
+        )
+        rows["position"] = rows.pop("index")
+        return ArraySource(rows)
+
+
+class _VariantRun:
+    """One variant's runs, and the compiled programs that all of them share."""
+
+    def __init__(self, comparison: Comparison, variant: Variant):
+        self.comparison, self.variant, self.budget = comparison, variant, comparison.budget
+        self.model, self.table = comparison.model(variant), comparison.table(variant)
+        backbone = comparison.backbone
+        described = self.model.description() | {"rules": variant.rules}
+        self.identity = Identity(backbone.name, backbone.fingerprint, described)
+        trainable, _ = self.table.split(self.model.shapes())
+        self.shardings = step_shardings(self.table, trainable, self._optimizer(1.0, trainable), comparison.mesh)
+
+    def outcome(self) -> Outcome:
+        """Chooses the learning rate, trains on every seed, tests; what is finished is read."""
+        rates, seeds = self.variant.learning_rates, self.budget.seeds
+        first = {rate: self._run(rate, seeds[0]) for rate in rates}
+        validation = {rate: result["validation"] for rate, result in first.items()}
+        best = max(validation, key=validation.get)
+        results = [first[best], *(self._run(best, seed) for seed in seeds[1:])]
+        return Outcome(
+            variant=self.variant,
+            table=self.table,
+            learning_rate=best,
+            validation=validation,
+            predictions={name: self._predictions(best, name) for name in ("test", *self.comparison.data.probes)},
+            seconds_per_step=float(np.mean([result["seconds_per_step"] for result in results])),
+            step_bytes=results[0]["step_bytes"],
+            adapter_bytes=results[0]["adapter_bytes"],
+        )
+
+    def _folder(self, rate: float, seed: int) -> Path:
+        return self.comparison.folder / self.variant.name / f"learning_rate_{rate:g}" / f"seed_{seed}"
+
+    def _run(self, rate: float, seed: int) -> dict[str, Any]:
+        """Trains with one learning rate and seed and measures on validation data, or reads the finished result."""
+        folder = self._folder(rate, seed)
+        if (folder / "result.json").is_file():
+            return json.loads((folder / "result.json").read_text())
+        trainable, _ = self.table.split(self.model.init(jax.random.key(seed)))
+        state = init_state(trainable, self._optimizer(rate, trainable), self.shardings)
+        sources, transform = self._sources
+        pipeline = Pipeline(sources["train"], transform, self.budget.batch_size, training=True, seed=seed)
+        batches = Batches(iter(pipeline), self.shardings.batch)
+        try:
+            program, step_bytes = self._train_program(state, batches)
+            with Checkpointer(
+                folder / "checkpoints", self.identity, every=self.budget.checkpoint_every, keep=1
+            ) as saver:
+                fitted = fit(
+                    state,
+                    self._frozen,
+                    dataclasses.replace(program, constants=(np.uint32(seed),)),
+                    batches,
+                    self.budget.steps,
+                    checkpointer=saver,
+                    log_every=self.budget.log_every,
+                    writers=(JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")),
+                    description=f"{self.variant.title}, {rate:g}, seed {seed}",
+                )
+        finally:
+            batches.close()
+        save_adapters(folder / "adapters", fitted.state.trainable, self.identity, self.budget.steps)
+        result = {
+            "validation": float(self._measure(fitted.state.trainable, "validation")["correct"].mean()),
+            "seconds_per_step": fitted.seconds_per_step or fitted.first_step_seconds,
+            "step_bytes": step_bytes,
+            "adapter_bytes": sum(f.stat().st_size for f in (folder / "adapters").rglob("*") if f.is_file()),
+        }
+        write_atomically(folder / "result.json", json.dumps(result, indent=1))
+        # The checkpoints served to go on from; the adapters alone are kept.
+        shutil.rmtree(folder / "checkpoints")
+        return result
+
+    def _predictions(self, rate: float, name: str) -> dict[str, np.ndarray]:
+        """Predictions of the chosen runs, ``[seeds, examples]``; made once and kept."""
+        by_seed = []
+        for seed in self.budget.seeds:
+            path = self._folder(rate, seed) / f"{name}.npz"
+            if not path.is_file():
+                content = io.BytesIO()
+                np.savez_compressed(content, **self._measure(self._trained(rate, seed), name))
+                write_atomically(path, content.getvalue())
+            with np.load(path) as stored:
+                by_seed.append(dict(stored))
+        return {field: np.stack([found[field] for found in by_seed]) for field in by_seed[0]}
+
+    def _trained(self, rate: float, seed: int) -> names.Tree:
+        """A finished run's trained parameters."""
+        folder = self._folder(rate, seed) / "adapters"
+        return load_adapters(folder, identity=self.identity, shardings=self.shardings.state.trainable)[0]
+
+    def _measure(self, trainable: names.Tree, name: str) -> dict[str, np.ndarray]:
+        """Predictions for a split or a probe, with ``index``, their places in its source."""
+        data = self.comparison.data
+        if name in data.probes:
+            source, transform = data.probes[name], data.transform
+        else:
+            sources, transform = self._sources
+            source = sources[name]
+        pipeline = Pipeline(source, transform, self.budget.batch_size, training=False)
+        keep = ("position",) if isinstance(source, ArraySource) else ()
+        program = self._evaluation_program
+        found = evaluate(pipeline, lambda b: program(trainable, self._frozen, b), self.shardings.batch, keep=keep)
+        found["index"] = found.pop("position", found["index"])
+        return found
+
+    def _optimizer(self, rate: float, trainable: names.Tree) -> optax.GradientTransformation:
+        config = dataclasses.replace(self.budget.optimizer, learning_rate=rate)
+        return make_optimizer(config, self.table, trainable, self.budget.steps)
+
+    @functools.cached_property
+    def _sources(self) -> tuple[Mapping[str, Source], Transform]:
+        return self.comparison.sources(self.model, self.table)
+
+    @functools.cached_property
+    def _frozen(self) -> names.Tree:
+        _, frozen = self.table.split(self.model.init(jax.random.key(0)))
+        return place(frozen, self.shardings.frozen)
+
+    @functools.cached_property
+    def _evaluation_program(self) -> Step:
+        return make_eval_step(self.model.predict, shardings=self.shardings)
+
+    def _train_program(self, state: TrainState, batches: Batches) -> tuple[Step, int]:
+        """The compiled training step and its memory in bytes; every learning rate and every seed is an argument."""
+        if self._compiled is None:
+            optimizer = self._optimizer(1.0, state.trainable)
+            step = make_train_step(self.model.loss, optimizer, seed=0, shardings=self.shardings)
+            start = batches.state()
+            compiled = step.lower(state, self._frozen, next(batches)).compile()
+            batches.restore(start)
+            memory = compiled.memory_analysis()
+            used = int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+            self._compiled = dataclasses.replace(step, program=compiled), used
+        return self._compiled
+
+    _compiled: tuple[Step, int] | None = None

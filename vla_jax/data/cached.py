@@ -1,0 +1,70 @@
+"""Examples whose first part has been computed: what no trained weight touches is computed once, not once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from vla_jax.data.batches import Batches
+from vla_jax.data.pipeline import Pipeline
+
+
+class ArraySource:
+    """Rows held in memory as a random-access source.
+
+    Attributes:
+        arrays: by field, ``[examples, ...]``.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self.arrays = dict(arrays)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: array[index] for name, array in self.arrays.items()}
+
+
+def as_rows(example: Mapping[str, Any], generator: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+    """The transform of an :class:`ArraySource`: its examples are rows already."""
+    del generator
+    return dict(example)
+
+
+def evaluate(
+    pipeline: Pipeline,
+    compute: Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]],
+    sharding: jax.sharding.Sharding,
+    *,
+    keep: tuple[str, ...] = (),
+    description: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Runs a function over one pass of a source and gathers its results in the source's order.
+
+    Args:
+        pipeline: an evaluation pipeline.
+        compute: ``batch -> results``, arrays of which each has the batch as its first axis.
+        sharding: of the batches.
+        keep: fields of the batch to gather as well.
+        description: of the progress bar; no bar without one.
+
+    Returns:
+        By name ``[examples, ...]``; ``index`` says which examples of the source they are, since those that cannot be
+        read are missing.
+    """
+    batches = Batches(iter(pipeline), sharding)
+    parts: list[dict[str, np.ndarray]] = []
+    try:
+        for batch in tqdm(batches, total=len(pipeline), desc=description, disable=None if description else True):
+            results = dict(compute(batch)) | {name: batch[name] for name in (*keep, "index", "valid")}
+            parts.append({name: np.asarray(value) for name, value in results.items()})
+    finally:
+        batches.close()
+    gathered = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    valid = gathered.pop("valid")
+    return {name: array[valid] for name, array in gathered.items()}

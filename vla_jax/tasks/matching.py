@@ -1,0 +1,46 @@
+"""Matching: does the text belong to, or state the truth about, the picture? Binary cross-entropy on one logit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vla_jax.backbones.clip import CLIPOutput
+from vla_jax.names import Tree
+from vla_jax.tasks.heads import apply_linear, linear_head, masked_mean, pair_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """A linear judge of pairs; its logit is also the pair's score.
+
+    Attributes:
+        name: the head's name, ``heads/<name>/classifier``.
+    """
+
+    name: str = "matching"
+
+    def init(self, features: int) -> dict[str, Tree]:
+        """The head for this many features."""
+        return {"classifier": linear_head(features, 1)}
+
+    def logits(self, head: Tree, output: CLIPOutput) -> jax.Array:
+        """``[batch]``, positive where the pair matches."""
+        return apply_linear(head["classifier"], pair_features(output))[:, 0]
+
+    def loss(self, head: Tree, output: CLIPOutput, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict]:
+        """Mean binary cross-entropy over the global batch, and accuracy."""
+        logits, label = self.logits(head, output), batch["label"]
+        losses = optax.sigmoid_binary_cross_entropy(logits, label.astype(jnp.float32))
+        right = ((logits > 0) == (label > 0)).astype(jnp.float32)
+        valid = batch.get("valid")
+        return masked_mean(losses, valid), {"accuracy": masked_mean(right, valid)}
+
+    def predict(self, head: Tree, output: CLIPOutput, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """``correct`` bool ``[batch]`` and ``score`` float32 ``[batch]``; a score of exactly zero counts as false."""
+        score = self.logits(head, output)
+        return {"score": score, "correct": (score > 0) == (batch["label"] > 0)}
