@@ -18,3 +18,5 @@ if __name__ == "__main__":
         # What the user can mend is one clear line, not a traceback.
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -119,7 +119,7 @@ def best_product(multiply: Callable[[], Any], size: int) -> float:
 
 
 def measure_ours(case: Case) -> dict[str, Any]:
-    """One training step and one forward of ours; see :func:`measure`."""
+    """One training step and one forward of ours; see ``measure`` for what is returned."""
     import jax
     import jax.numpy as jnp
 
@@ -236,7 +236,7 @@ def add_bottlenecks(model: torch.nn.Module) -> Callable[[bool], None]:
 
 
 def measure_peer(case: Case) -> dict[str, Any]:
-    """The same of ``transformers.CLIPModel``, LoRA by peft; see :func:`measure`."""
+    """The same of ``transformers.CLIPModel``, LoRA by peft; see ``measure`` for what is returned."""
     # peft asks transformers for what transformers renames; that is no news to whoever measures.
     warnings.simplefilter("ignore", FutureWarning)
     import peft

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
@@ -90,18 +91,23 @@ class Summary:
     @property
     def step(self) -> Spread:
         """Seconds of a training step."""
-        return Spread.of(self.pooled("steps"))
+        return Spread.of(self.pooled("step_seconds"))
+
+    @property
+    def forward(self) -> float:
+        """Median seconds of a forward, with adapters where the method has any."""
+        return statistics.median(self.pooled("adapted_seconds"))
 
     @property
     def overhead(self) -> Spread:
         """By how much a forward with adapters takes longer than its pair without, in per cent."""
-        pairs = zip(self.pooled("adapted"), self.pooled("bare"), strict=True)
+        pairs = zip(self.pooled("adapted_seconds"), self.pooled("bare_seconds"), strict=True)
         return Spread.of(100 * (adapted / bare - 1) for adapted, bare in pairs)
 
     @property
     def peak(self) -> float:
         """Peak memory of training in GiB, the largest of the rounds."""
-        return max(record["peak"] for record in self.records) / 2**30
+        return max(record["peak_bytes"] for record in self.records) / 2**30
 
 
 def compare(records: Sequence[Record]) -> list[tuple[Summary, Summary]]:
@@ -123,7 +129,7 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
     """One row a framework under :data:`COLUMNS`."""
     found = []
     for ours, peer in compare(records):
-        product = max(ours.median("product"), peer.median("product"))
+        product = max(ours.median("product_flops"), peer.median("product_flops"))
         for summary in (ours, peer):
             mine = summary is ours
             found.append(
@@ -133,12 +139,12 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
                     f"vla_jax, remat {summary['remat']}" if mine else "PyTorch",
                     summary.step.text(3),
                     f"{ours.step.median / peer.step.median:.2f}" if mine else "",
-                    f"{statistics.median(summary.pooled('adapted')):.3f}",
+                    f"{summary.forward:.3f}",
                     "" if summary["method"] == "full" else summary.overhead.text(1),
-                    f"{summary.peak:.2f} ({summary.median('after_import') / 2**30:.2f})",
+                    f"{summary.peak:.2f} ({summary.median('after_import_bytes') / 2**30:.2f})",
                     f"{ours.peak / peer.peak:.2f}" if mine else "",
-                    f"{summary.median('compile'):.1f}" if mine else "",
-                    f"{summary.median('first_step'):.1f}",
+                    f"{summary.median('compile_seconds'):.1f}" if mine else "",
+                    f"{summary.median('first_step_seconds'):.1f}",
                     f"{100 * summary['step_flop'] / summary.step.median / product:.0f}",
                 ]
             )
@@ -149,9 +155,9 @@ def show(records: Sequence[Record]) -> Table:
     """The table to print."""
     table = Table(title="Training step and forward", show_lines=False)
     for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 3 else "right")
+        table.add_column(escape(column), justify="left" if number < 3 else "right")
     for row in rows(records):
-        table.add_row(*row, end_section=row[2] == "PyTorch")
+        table.add_row(*map(escape, row), end_section=row[2] == "PyTorch")
     return table
 
 
@@ -160,7 +166,9 @@ def targets(records: Sequence[Record]) -> list[str]:
     lines = []
     for ours, peer in compare(records):
         slower = 100 * (ours.step.median / peer.step.median - 1)
-        forward = 100 * (statistics.median(ours.pooled("adapted")) / statistics.median(peer.pooled("adapted")) - 1)
+        forward = 100 * (
+            statistics.median(ours.pooled("adapted_seconds")) / statistics.median(peer.pooled("adapted_seconds")) - 1
+        )
         memory = 100 * (ours.peak / peer.peak - 1)
         judged = [
             ("step no slower than the peer's", slower, slower <= 0),

@@ -10,6 +10,7 @@ stops if they disagree about the first loss or about how much is trained. ``READ
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ from benchmarks.report import fill_readme, machine, read_records, show  # noqa: 
 from vla_jax.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
-    from vla_jax.backbones.clip import CLIPConfig
+    from vla_jax.backbones.clip_config import CLIPConfig
     from vla_jax.backbones.transformer import TowerConfig
 
 OUTPUT = Path(__file__).with_name("train_step.jsonl")
@@ -107,14 +108,14 @@ def check(ours: dict[str, Any], peer: dict[str, Any], case: Case) -> None:
 def measure(options: Options) -> list[dict[str, Any]]:
     """Runs every case, appends its record to ``options.output`` and returns all records of this run.
 
-    A record has the case's fields and: ``trained`` parameters; the first ``loss``; seconds to ``compile``, of the
-    ``first_step`` (with compiling), of the further ``steps``, and of forwards ``bare`` and ``adapted``; bytes held
-    ``after_import`` and at the ``peak`` of training; FLOP/s of a large ``product`` and FLOP of a ``step_flop``; and the
-    run, its command, machine and versions.
+    A record has the run, its command and machine; the case's fields; and what :func:`measure_ours` and
+    :func:`measure_peer` return: parameters ``trained``; the first ``loss``; ``*_seconds`` to compile, of the first step
+    (compiling included), of the further steps, and of paired forwards, bare and adapted; ``*_bytes`` held after the
+    imports and at the peak of training; FLOP/s of a large product; versions. ``step_flop`` is what a step needs.
     """
     run = {
         "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
         "machine": machine(),
     }
     records = []
@@ -162,8 +163,12 @@ def main() -> None:
         options = tyro.cli(Options, description=__doc__)
         records = measure(options)
     except UserError as error:
-        sys.exit(f"error: {error}")
-    Console().print(show(records))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    console = Console()
+    # Not squeezed into the 80 columns that rich assumes of a file.
+    console.width = console.width if console.is_terminal else 200
+    console.print(show(records))
     if options.write_readme:
         fill_readme(Path(__file__).with_name("README.md"), read_records(options.output))
 

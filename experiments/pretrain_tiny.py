@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
 from vla_jax import names
-from vla_jax.backbones.clip import CLIP, CLIPConfig
+from vla_jax.backbones.clip import CLIP
+from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.export import export_backbone
 from vla_jax.backbones.loading import load_backbone
 from vla_jax.backbones.transformer import Compute, TowerConfig
@@ -33,6 +34,7 @@ from vla_jax.data.pipeline import Pipeline
 from vla_jax.data.scenes import SceneConfig
 from vla_jax.data.scenes.vocabulary import WORDS
 from vla_jax.data.text import Tokenize, train_word_tokenizer
+from vla_jax.errors import UserError
 from vla_jax.evaluation.scene_zero_shot import ZeroShot, clip_encoders, zero_shot
 from vla_jax.reporting import tiny_card
 from vla_jax.tasks.scene_pretraining import PairRow, ScenePairs, make_loss
@@ -44,7 +46,7 @@ from vla_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vla_jax.training.presets import preset
 from vla_jax.training.sharding import MeshConfig, batch_sharding, check_batch, make_mesh, place
 from vla_jax.training.step import TrainState, init_state, make_train_step, step_shardings
-from vla_jax.training.table import ParameterTable, Rule
+from vla_jax.training.table import ParameterTable, ResolvedTable, Rule
 from vla_jax.training.trainer import fit
 
 CONTEXT_LENGTH = 48
@@ -58,11 +60,12 @@ class Phase:
     Attributes:
         name: of its folder.
         steps: number of steps.
-        texts: whether the text tower is trained too; else the image tower learns alone from the annotations.
+        texts: whether the text tower is trained; else the image tower learns alone from the annotations.
         max_objects: most objects in a scene.
         text_length: tokens per text; must hold the longest text about so many objects.
         learning_rate: its peak.
         final_share: learning rate at the phase's end, as a share of the peak.
+        images: whether the image tower is trained; else it is frozen, which lets many more texts pass.
     """
 
     name: str
@@ -72,6 +75,17 @@ class Phase:
     text_length: int
     learning_rate: float
     final_share: float
+    images: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.images or self.texts):
+            raise UserError(f"phase {self.name!r} trains neither tower; set images or texts")
+        if self.steps < 1:
+            raise UserError(f"phase {self.name!r} has {self.steps} steps; allowed: 1 or more")
+        if not 3 <= self.text_length <= CONTEXT_LENGTH:
+            raise UserError(
+                f"phase {self.name!r} has texts of {self.text_length} tokens; allowed: 3 to {CONTEXT_LENGTH}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +93,7 @@ class PretrainTinyConfig:
     """The whole experiment.
 
     Attributes:
+        preset: which of :data:`PRESETS` this is, before single fields were set.
         phases: what is trained, one after the other.
         pairs: pairs of picture-text pairs in a batch; two twins, or two independent scenes.
         twin_share: share of pairs that are twins.
@@ -101,10 +116,12 @@ class PretrainTinyConfig:
         mesh: the mesh.
     """
 
+    preset: str = "default"
     phases: tuple[Phase, ...] = (
         Phase("image", 1400, False, 5, CONTEXT_LENGTH, 2e-3, 0.1),
         Phase("short", 400, True, 2, 27, 1.5e-3, 0.5),
-        Phase("long", 1200, True, 5, CONTEXT_LENGTH, 1e-3, 0.0),
+        Phase("words", 700, True, 2, 27, 2e-3, 0.5, images=False),
+        Phase("long", 700, True, 5, CONTEXT_LENGTH, 1e-3, 0.0),
     )
     pairs: int = 64
     twin_share: float = 0.5
@@ -127,21 +144,51 @@ class PretrainTinyConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-CONFIG = PretrainTinyConfig()
+PRESETS = {
+    "default": PretrainTinyConfig(),
+    "smoke": PretrainTinyConfig(
+        preset="smoke",
+        phases=(
+            Phase("image", 2, False, 5, CONTEXT_LENGTH, 1e-3, 0.1),
+            Phase("both", 2, True, 2, 27, 1e-3, 0.0),
+            Phase("words", 2, True, 2, 27, 1e-3, 0.0, images=False),
+        ),
+        pairs=8,
+        width=16,
+        vision_depth=1,
+        text_depth=1,
+        projection=8,
+        log_every=1,
+        evaluated=4,
+        candidates=4,
+    ),
+}
+CONFIG = PRESETS["default"]
 
 
-def clip_config(config: PretrainTinyConfig, tokenizer: Any) -> CLIPConfig:
-    """The shape of ``tiny``."""
+def clip_config(config: PretrainTinyConfig, vocabulary_size: int) -> CLIPConfig:
+    """The shape of ``tiny``, for a tokenizer of :func:`train_word_tokenizer`."""
     return CLIPConfig(
         vision=TowerConfig(config.width, config.vision_depth, config.heads, 4 * config.width),
         text=TowerConfig(config.width, config.text_depth, config.heads, 4 * config.width),
         image_size=config.image_size,
         patch_size=config.patch_size,
-        vocabulary_size=len(tokenizer),
+        vocabulary_size=vocabulary_size,
         context_length=CONTEXT_LENGTH,
         projection=config.projection,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=vocabulary_size - 1,
     )
+
+
+def check(config: PretrainTinyConfig) -> Any:
+    """Refuses what cannot be run, before anything is compiled; returns the last phase's table for ``--dry_run``."""
+    phase_names = [phase.name for phase in config.phases]
+    if not phase_names or len(set(phase_names)) < len(phase_names):
+        raise UserError(f"the phases are called {phase_names}; give at least one, each with a name of its own")
+    check_batch(config.pairs, make_mesh(config.mesh))
+    clip = CLIP(clip_config(config, len(WORDS) + 4))  # four special tokens
+    params = jax.eval_shape(lambda: _init(config, clip))
+    return _table(config.phases[-1], params).summary()
 
 
 def run(config: PretrainTinyConfig, workdir: str | Path) -> ZeroShot:
@@ -159,7 +206,7 @@ def run(config: PretrainTinyConfig, workdir: str | Path) -> ZeroShot:
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=_MEAN, image_std=_STD
     )
     preprocess = Preprocess(processor)
-    clip = CLIP(clip_config(config, tokenizer), Compute(unroll=max(config.vision_depth, config.text_depth)))
+    clip = CLIP(clip_config(config, len(tokenizer)), Compute(unroll=max(config.vision_depth, config.text_depth)))
     params = _init(config, clip)
     encoders = clip_encoders(clip, preprocess, Tokenize(tokenizer, CONTEXT_LENGTH))
     for index, phase in enumerate(config.phases):
@@ -174,6 +221,9 @@ def run(config: PretrainTinyConfig, workdir: str | Path) -> ZeroShot:
         tokenizer=tokenizer,
         image_processor=processor,
     )
+    # As they were made: saved once more, they name a class that older readers of the hub's format do not know.
+    shutil.copytree(workdir / "tokenizer", folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").chmod(0o644)  # package data is for everybody
     # What was written is measured, not what was trained.
     found = zero_shot(
         *encoders(load_backbone(str(folder)).params),
@@ -203,6 +253,12 @@ def _init(config: PretrainTinyConfig, clip: CLIP) -> dict[str, Any]:
     return {"backbone": backbone, "heads": {"scenes": SceneHeads().init(keys[1], tokens, features)["params"]}}
 
 
+def _table(phase: Phase, params: names.Tree) -> ResolvedTable:
+    rules = () if phase.texts else (Rule(r"backbone/(text/.*|logit_scale)", train=False),)
+    rules += () if phase.images else (Rule(r"backbone/vision/.*", train=False),)
+    return ParameterTable(rules + preset("full")).resolve(params)
+
+
 def _train(
     config: PretrainTinyConfig,
     index: int,
@@ -216,12 +272,11 @@ def _train(
     phase = config.phases[index]
     mesh = make_mesh(config.mesh)
     check_batch(config.pairs, mesh)
-    alone = () if phase.texts else (Rule(r"backbone/(text/.*|logit_scale)", train=False),)
-    table = ParameterTable(alone + preset("full")).resolve(params)
+    table = _table(phase, params)
     trainable, frozen = table.split(params)
     # Later phases may still be changed; those up to this one may not.
     until_here = dataclasses.replace(config, phases=config.phases[: index + 1])
-    described = json.dumps(dataclasses.asdict(until_here), sort_keys=True)
+    described = json.dumps({k: v for k, v in dataclasses.asdict(until_here).items() if k != "preset"}, sort_keys=True)
     identity = Identity("from scratch", hashlib.sha256(described.encode()).hexdigest(), {"phase": phase.name})
     if (folder / "checkpoints" / str(phase.steps)).is_dir():
         done, _ = load_adapters(folder / "checkpoints", step=phase.steps, identity=identity, expected=trainable)

@@ -17,9 +17,11 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import itertools
 import pkgutil
+import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         UserError: for an unknown experiment, preset or field, a value of the wrong type, or a configuration that the
             experiment refuses.
     """
-    parser = argparse.ArgumentParser(prog="launch.py", usage=_USAGE, add_help=False, allow_abbrev=False)
+    parser = _Parser(prog="launch.py", usage=_USAGE, add_help=False, allow_abbrev=False)
     parser.add_argument("--experiment")
     parser.add_argument("--workdir")
     parser.add_argument("--list", action="store_true")
@@ -66,7 +68,18 @@ def main(arguments: Sequence[str]) -> None:
         return
     workdir = Path(own.workdir or f"runs/{own.experiment}-{config.preset}")
     _prepare(workdir, config)
-    experiment.run(config, workdir)
+    try:
+        experiment.run(config, workdir)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        print(f"stopped; the same command goes on with what is unfinished in {workdir}", file=sys.stderr)
+        raise SystemExit(130 if isinstance(stopped, KeyboardInterrupt) else stopped.code) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports what it cannot read as everything else here does."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; --help shows how to call launch.py")
 
 
 def load_experiment(name: str) -> ModuleType:
@@ -82,35 +95,34 @@ def parse_config(experiment: ModuleType, arguments: Sequence[str], *, show_help:
     Raises:
         UserError: for an unknown preset or field or a value that does not fit its type, naming the nearest.
     """
-    arguments = _split_values(arguments)
-    chosen = "default"
-    for position, argument in enumerate(arguments):
-        if argument == "--config.preset" and position + 1 < len(arguments):
-            chosen = arguments[position + 1]
+    given = _flags(arguments)
+    chosen = next((values[0] for flag, values in reversed(given) if flag == "--config.preset" and values), "default")
     if chosen not in experiment.PRESETS:
         raise unknown("preset", chosen, experiment.PRESETS)
     preset = experiment.PRESETS[chosen]
-    fields = dict(_fields(type(preset), "--config"))
-    for argument in arguments:
-        if argument.startswith("--") and argument not in fields:
-            near = nearest(argument, ["--experiment", "--workdir", "--list", "--dry_run", *fields])
+    fields = dict(_fields(preset, "--config"))
+    for flag, _ in given:
+        if flag not in fields:
+            near = nearest(flag, ["--experiment", "--workdir", "--list", "--dry_run", *fields])
             hint = f"did you mean {' or '.join(near)}?" if near else "--help lists every field"
-            raise UserError(f"unknown argument {argument}; {hint}")
+            raise UserError(f"unknown argument {flag}; {hint}")
+    spelled = [_spelled(flag, values, fields[flag]) for flag, values in given]
     if show_help:
-        _parse(preset, [*arguments, "--help"], quiet=False)
+        _parse(preset, [*itertools.chain(*spelled), "--help"], quiet=False)
     try:
-        return _parse(preset, arguments, quiet=True)
-    except SystemExit:
-        for one in _one_by_one(arguments):
+        return _parse(preset, itertools.chain(*spelled), quiet=True)
+    except SystemExit as refused:
+        _raise_user_error(refused)
+        for (flag, values), parts in zip(given, spelled, strict=True):
             try:
-                _parse(preset, one, quiet=True)
+                _parse(preset, parts, quiet=True)
             except SystemExit:
-                given = " ".join(one[1:]) or "nothing"
-                raise UserError(f"{one[0]} cannot be {given!r}; allowed: {_type_name(fields[one[0]])}") from None
+                value = repr(" ".join(values)) if values else "without a value"
+                raise UserError(f"{flag} cannot be {value}; allowed: {_type_name(fields[flag])}") from None
         raise UserError(f"the arguments do not fit together: {' '.join(arguments)}") from None
 
 
-def _parse(preset: Any, arguments: Sequence[str], *, quiet: bool) -> Any:
+def _parse(preset: Any, arguments: Iterable[str], *, quiet: bool) -> Any:
     whole = dataclasses.make_dataclass("Arguments", [("config", type(preset))], frozen=True)
     silence = contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext()
     with silence:
@@ -125,49 +137,73 @@ def _parse(preset: Any, arguments: Sequence[str], *, quiet: bool) -> Any:
         ).config
 
 
-def _split_values(arguments: Sequence[str]) -> list[str]:
-    """``--a=b`` as ``--a b``; a tuple may be given as ``--a=1,2`` as well as ``--a 1 2``."""
-    parts: list[str] = []
+def _raise_user_error(refused: BaseException) -> None:
+    """Raises what a configuration said against its values: tyro takes it for its own and ends the process with it."""
+    cause = refused.__context__
+    while cause is not None:
+        if isinstance(cause, UserError):
+            raise cause from None
+        cause = cause.__context__
+
+
+def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag with the values that follow it, ``--a=b`` as well as ``--a b``."""
+    flags: list[tuple[str, list[str]]] = []
     for argument in arguments:
-        if argument.startswith("--") and "=" in argument:
-            name, value = argument.split("=", 1)
-            parts += [name, value]
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            flags.append((flag, [value] if equals else []))
+        elif flags:
+            flags[-1][1].append(argument)
         else:
-            parts.append(argument)
-    return parts
+            raise UserError(f"{argument!r} belongs to no argument; write --config.FIELD={argument}")
+    return flags
 
 
-def _one_by_one(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """Each flag with its values."""
-    current: list[str] = []
-    for argument in arguments:
-        if argument.startswith("--") and current:
-            yield current
-            current = []
-        current.append(argument)
-    if current:
-        yield current
+def _spelled(flag: str, values: list[str], kind: Any) -> list[str]:
+    """A flag and its values as tyro reads them.
+
+    Beyond its own forms these may be given: ``--a=1,2`` for ``--a 1 2`` (and ``--a=`` for none), ``--a=false`` for
+    ``--no_a``, and ``none`` in any case.
+    """
+    if typing.get_origin(kind) is tuple and len(values) == 1:
+        return [flag, *filter(None, values[0].split(","))]
+    if kind is bool and len(values) == 1 and values[0].lower() in ("true", "false"):
+        parent, _, name = flag.rpartition(".")
+        return [flag if values[0].lower() == "true" else f"{parent}.no_{name}"]
+    if type(None) in typing.get_args(kind):
+        return [flag, *("None" if value.lower() == "none" else value for value in values)]
+    return [flag, *values]
 
 
-def _fields(config: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Every settable field's flag and type."""
-    hints = typing.get_type_hints(config)
+def _fields(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every settable field's flag and type; of a tuple of configurations, those of the members it has."""
+    hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         if not field.init:
             continue
-        flag, kind = f"{prefix}.{field.name}", hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            yield from _fields(kind, flag)
+        flag, kind, value = f"{prefix}.{field.name}", hints[field.name], getattr(config, field.name)
+        members = enumerate(value) if isinstance(value, tuple) else ()
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, flag)
+        elif any(map(dataclasses.is_dataclass, typing.get_args(kind))):
+            for position, member in members:
+                yield from _fields(member, f"{flag}.{position}")
         else:
             yield flag, kind
             if kind is bool:
-                yield f"{prefix}.no_{field.name}", kind
+                yield f"{prefix}.no_{field.name}", type(None)
 
 
 def _type_name(kind: Any) -> str:
+    arguments = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
-        return ", ".join(map(str, typing.get_args(kind)))
-    return getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+        return ", ".join(map(str, arguments))
+    if typing.get_origin(kind) is tuple:
+        return f"any number of {_type_name(arguments[0])}, separated by commas"
+    if arguments:
+        return " or ".join(map(_type_name, arguments))
+    return {type(None): "none", bool: "true, false"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def _experiments() -> dict[str, str]:
@@ -185,9 +221,12 @@ def _experiments() -> dict[str, str]:
 def _prepare(workdir: Path, config: Any) -> None:
     """Makes the work directory and lets compiled programs outlive the process, so that going on costs no compiling."""
     import jax
+    from absl import logging
 
     from vla_jax.training.metrics import run_record
 
+    # TFDS and Orbax tell at length, through absl, what nobody needs to know of a run; their errors stay.
+    logging.set_verbosity(logging.ERROR)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,9 +10,10 @@ import numpy as np
 
 from vla_jax import names
 from vla_jax.adapters import Bottleneck, Fusion, LoRA, Placement
-from vla_jax.backbones.clip import CLIP, CLIPConfig, TowerConfig
+from vla_jax.backbones.clip import CLIP
+from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.convert import abstract_params
-from vla_jax.backbones.transformer import Compute
+from vla_jax.backbones.transformer import Compute, TowerConfig
 
 CONFIG = CLIPConfig(
     vision=TowerConfig(width=32, depth=4, heads=2, mlp_width=64),

@@ -7,7 +7,7 @@ import pytest
 from hub_clip import random_clip, small_settings, torch, transformers
 
 from vla_jax.backbones import convert
-from vla_jax.backbones.clip import PRESETS
+from vla_jax.backbones.clip_config import PRESETS
 from vla_jax.backbones.positions import interpolate_positions, resize_matrix
 from vla_jax.errors import UserError
 from vla_jax.names import unflatten

@@ -16,7 +16,7 @@ from hub_clip import random_clip, save_clip, small_settings, torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from vla_jax.backbones import clip, convert, sources
+from vla_jax.backbones import clip_config, convert, sources
 from vla_jax.backbones.loading import load_backbone, load_config
 from vla_jax.errors import UserError
 from vla_jax.names import flatten
@@ -332,7 +332,7 @@ def test_a_folder_without_tokenizer_says_so(loaded):
 
 def test_random_weights_are_the_same_each_time(monkeypatch):
     small = convert.config_from_hub(small_settings())
-    monkeypatch.setitem(clip.PRESETS, "vit_b_32", small)
+    monkeypatch.setitem(clip_config.PRESETS, "vit_b_32", small)
     one, two = load_backbone("random:vit_b_32"), load_backbone("random:vit_b_32", dtype="bfloat16")
     assert one.config == small
     assert one.fingerprint == two.fingerprint

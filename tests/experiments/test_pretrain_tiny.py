@@ -3,24 +3,12 @@ import json
 
 import pytest
 
-from experiments.pretrain_tiny import CONFIG, Phase, run
+from experiments.pretrain_tiny import CONFIG, PRESETS, Phase, check, run
 from vla_jax.backbones.loading import load_backbone
 from vla_jax.data.scenes import SceneConfig
 from vla_jax.data.scenes.vocabulary import WORDS, split_words
+from vla_jax.errors import UserError
 from vla_jax.tasks.scene_pretraining import ScenePairs
-
-SMALL = dataclasses.replace(
-    CONFIG,
-    phases=(Phase("image", 2, False, 5, 48, 1e-3, 0.1), Phase("both", 2, True, 2, 27, 1e-3, 0.0)),
-    pairs=8,
-    width=16,
-    vision_depth=1,
-    text_depth=1,
-    projection=8,
-    evaluated=4,
-    candidates=4,
-    log_every=1,
-)
 
 
 def test_every_word_of_tasks_occurs_in_pretraining():
@@ -38,9 +26,21 @@ def test_twins_make_up_their_share_and_have_other_captions():
     assert all(one["caption"] != other["caption"] and one["scene"] != other["scene"] for one, other in twins)
 
 
+def test_the_check_counts_every_parameter_and_refuses_what_cannot_be_run():
+    width, tower = 128, lambda depth: depth * (12 * 128**2 + 13 * 128)
+    vision = 12 * 12 * 3 * width + width + 37 * width + 4 * width + tower(4) + width * 128
+    text = (len(WORDS) + 4) * width + 48 * width + 2 * width + tower(3) + width * 128
+    heads = (width + 1) * 26 + (128 + 1) * 9 * 26 + (128 + 1) * 112
+    assert f"{vision + text + 1 + heads:,}" in check(CONFIG).caption
+    with pytest.raises(UserError, match="a name of its own"):
+        check(dataclasses.replace(CONFIG, phases=CONFIG.phases[:1] * 2))
+    with pytest.raises(UserError, match="neither tower"):
+        Phase("none", 1, False, 5, 48, 1e-3, 0.0, images=False)
+
+
 @pytest.mark.slow
 def test_a_few_steps_end_in_a_loadable_backbone_and_going_on_changes_nothing(tmp_path):
-    found = run(SMALL, tmp_path)
+    found = run(PRESETS["smoke"], tmp_path)
     folder = tmp_path / "tiny"
     backbone = load_backbone(str(folder))
     assert (backbone.config.image_size, backbone.config.patch_size) == (CONFIG.image_size, CONFIG.patch_size)
@@ -55,5 +55,5 @@ def test_a_few_steps_end_in_a_loadable_backbone_and_going_on_changes_nothing(tmp
     ]
     assert "validation/shape" in log[-1]
 
-    assert run(SMALL, tmp_path) == found
+    assert run(PRESETS["smoke"], tmp_path) == found
     assert load_backbone(str(folder)).fingerprint == backbone.fingerprint

@@ -69,8 +69,7 @@ class Method(abc.ABC):
 
     def with_rank(self, rank: int) -> Self:
         """The same method with another rank."""
-        fields = {"rank": rank} | ({"reduction": None} if hasattr(self, "reduction") else {})
-        return dataclasses.replace(self, **fields)
+        return dataclasses.replace(self, rank=rank)
 
     def describe(self) -> dict[str, Any]:
         """The settings as JSON-able values, with the method's kind."""

@@ -49,7 +49,7 @@ def _part(part: str, depth: int, where: str) -> range:
         step = int(match[1])
         if step < 1:
             raise UserError(f"layers {part!r}: the step must be at least 1")
-        return every[step - 1 :: step] if step <= depth else range(0)
+        return every[(depth - 1) % step :: step] if step <= depth else range(0)
     if re.fullmatch(r"-?\d+", part):
         layer = int(part)
         if not -depth <= layer < depth:

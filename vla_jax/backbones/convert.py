@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.backbones.clip import CLIP, CLIPConfig
+from vla_jax.backbones.clip import CLIP
+from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.transformer import ACTIVATIONS, TowerConfig
 from vla_jax.errors import UserError, unknown
 from vla_jax.names import flatten, unflatten

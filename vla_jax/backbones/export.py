@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from vla_jax.backbones.clip import CLIPConfig
+from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.convert import config_to_hub, hub_tensors
 from vla_jax.backbones.weights import WEIGHTS_NAME, storage_dtype
 from vla_jax.errors import UserError

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.backbones import convert
-from vla_jax.backbones.clip import CLIPConfig
+from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.positions import interpolate_positions
 from vla_jax.backbones.sources import RANDOM, find_folder
 from vla_jax.backbones.weights import Fingerprint, Weights, read_json, storage_dtype

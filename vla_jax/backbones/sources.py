@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vla_jax.backbones.clip import PRESETS
+from vla_jax.backbones.clip_config import PRESETS
 from vla_jax.backbones.weights import INDEX_NAME, WEIGHTS_NAME, conversion_command
 from vla_jax.errors import UserError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from vla_jax.backbones.clip import CLIPConfig
+from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.evaluation.scene_zero_shot import ZeroShot
 from vla_jax.evaluation.statistics import Interval
 
@@ -36,9 +36,11 @@ def card(config: Mapping[str, Any], shape: CLIPConfig, found: ZeroShot, *, param
     table = "\n".join(f"| {name} | {_per_cent(interval)} | {chance:.1f} |" for name, interval, chance in rows)
     steps = "\n".join(_phase(phase, 2 * config["pairs"]) for phase in config["phases"])
     device = jax.devices()[0]
-    hardware = (
-        f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} {device.device_kind}"
-    )
+    accelerators = f"{jax.device_count()} {device.device_kind}"
+    hardware = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else accelerators
+    sizes = f"{shape.image_size} px, patches of {shape.patch_size} px", f"{shape.context_length} tokens"
+    twins = f"{100 * config['twin_share']:.0f} %"
+    seeds = f"{config['seed']} to {config['seed'] + len(config['phases']) - 1}"
     return f"""# tiny: a small CLIP for generated scenes
 
 A plain CLIP in the hub's format, {parameters / 1e6:.1f} million parameters in float16, made for tests and for
@@ -75,8 +77,8 @@ Not contrastive learning alone. The generator's annotations are exact, and super
 - every patch token predicts, by a linear head, shape, colour, size and texture of the object in its cell;
 - the image's feature and the text's feature predict, by one shared linear head, these attributes for every cell, and
   which attribute values some object has together;
-- symmetric InfoNCE between images and texts, with a twin that differs by one swap in the batch for
-  {100 * config["twin_share"]:.0f} % of the pairs.
+- symmetric InfoNCE between images and texts, where {twins} of the pairs have a twin in the batch that
+  differs by one swap.
 
 The heads were thrown away afterwards. Patches are aligned with the cells of the grid, which makes learning fast and
 means that objects elsewhere, or much larger than a cell, are less well known. Phases, with AdamW (weight decay
@@ -84,7 +86,8 @@ means that objects elsewhere, or much larger than a cell, are less well known. P
 
 {steps}
 
-All settings are in `pretraining.json`, the losses and the validation numbers along the way in `training_log.jsonl`.
+The phases' lengths were chosen while looking at the validation split, never at the test split. All settings are in
+`pretraining.json`, the losses and the validation numbers along the way in `training_log.jsonl`.
 
 ## Making it again
 
@@ -103,7 +106,8 @@ def _tower(tower: Any) -> str:
 
 
 def _phase(phase: Mapping[str, Any], images: int) -> str:
-    what = "both towers" if phase["texts"] else "the image tower alone"
+    towers = [name for name in ("image", "text") if phase[f"{name}s"]]
+    what = "both towers" if len(towers) == 2 else f"the {towers[0]} tower alone"
     return (
         f"- `{phase['name']}`: {phase['steps']} steps of {images} pictures, {what}, up to {phase['max_objects']} "
         f"objects, peak learning rate {phase['learning_rate']}"
