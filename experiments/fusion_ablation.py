@@ -25,7 +25,7 @@ from vla_jax.adapters import Fusion, LoRA, Placement
 from vla_jax.backbones.convert import abstract_params
 from vla_jax.backbones.loading import Backbone, load_backbone, load_config
 from vla_jax.backbones.transformer import Compute
-from vla_jax.comparison import Budget, Comparison, Outcome, TaskData, Variant
+from vla_jax.comparison import Comparison
 from vla_jax.data.builders.easy_vqa import QUESTION_KINDS
 from vla_jax.data.builders.scenes import ScenesConfig
 from vla_jax.data.image import Preprocess
@@ -43,6 +43,7 @@ from vla_jax.tasks.classification import Classification
 from vla_jax.tasks.matching import Matching
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
+from vla_jax.variants import Budget, Outcome, TaskData, Variant
 
 STATEMENT_KINDS = ("binding", "relation", "count")
 TASKS = ("statements", "easy_vqa")
@@ -99,29 +100,22 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        if not self.tasks:
+            raise UserError(f"the ablation needs at least one task of {', '.join(TASKS)}")
         for task in self.tasks:
             if task not in TASKS:
                 raise unknown("task", task, TASKS)
         for name in self.variants:
             if name not in VARIANTS:
                 raise unknown("variant", name, VARIANTS)
-        if set(PLACED) & set(self.variants) and not set(FUSED) & set(self.variants):
-            raise UserError(f"{' and '.join(PLACED)} place the best of {', '.join(FUSED)}; ask for one of those too")
+        for position, name in enumerate(self.variants):
+            if name in PLACED and not set(FUSED) & set(self.variants[:position]):
+                raise UserError(f"variant {name!r} places the best of {', '.join(FUSED)}; put one of those before it")
         if min(self.train, self.validation, self.test, self.quadruples) < 1:
             raise UserError("train, validation, test and quadruples must be at least 1")
 
 
-VARIANTS = (
-    "text_only",
-    "image_only",
-    "linear",
-    "lora",
-    "independent",
-    "tied",
-    *FUSED,
-    *PLACED,
-    "full",
-)
+VARIANTS = ("linear", "independent", "tied", *FUSED, *PLACED, "lora", "full", "text_only", "image_only")
 
 PRESETS = {
     "default": Config(),
@@ -141,6 +135,7 @@ PRESETS = {
         full_rates=(1e-4, 3e-4, 1e-3),
         budget=Budget(
             steps=4000,
+            selection_share=1.0,
             batch_size=128,
             seeds=(0, 1, 2),
             optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
@@ -239,13 +234,15 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
 
 
 def _in_order(config: Config, backbone: Backbone, outcomes: dict[str, Outcome]) -> Iterator[Variant]:
-    """The variants, with the best fusion (on validation data) placed early and late as soon as it is known."""
-    yield from variants(config, backbone)
-    for name in PLACED:
-        fused = [outcomes[mix] for mix in FUSED if mix in outcomes]
-        if fused and name in (config.variants or VARIANTS):
-            best = max(fused, key=lambda outcome: outcome.validation[outcome.learning_rate])
-            yield _fused(config, name, best.variant.name, name.removeprefix("best_"))
+    """The variants in the table's order; the best fusion so far (on validation data) is placed early and late."""
+    known = {variant.name: variant for variant in variants(config, backbone)}
+    for name in config.variants or VARIANTS:
+        if name in known:
+            yield known[name]
+        elif name in PLACED:
+            fused = [outcomes[mix] for mix in FUSED if mix in outcomes]
+            best = max(fused, key=lambda outcome: outcome.validated).variant.name
+            yield _fused(config, name, best, name.removeprefix("best_"))
 
 
 def _task(task: str) -> Matching | Classification:

@@ -154,7 +154,7 @@ def test_what_cannot_be_used_is_named_with_what_can(parse, capfd, arguments, mes
 
 
 def test_an_experiment_is_checked_recorded_and_run(experiment, tmp_path):
-    cache = jax.config.read("jax_compilation_cache_dir")
+    cache = jax.config.jax_compilation_cache_dir
     try:
         launching.main(["--experiment", "toy", f"--workdir={tmp_path / 'a' / 'b'}", "--config.inner.seeds=0", "1"])
     finally:
@@ -246,7 +246,7 @@ def test_a_stopped_run_says_how_to_go_on(experiment, tmp_path, monkeypatch, caps
 
 def test_a_folder_that_cannot_be_made_is_refused(experiment, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made.*choose another with --workdir"):
+    with pytest.raises(UserError, match=r"cannot be made.*choose another with --workdir"):
         launching.main(["--experiment=toy", f"--workdir={tmp_path / 'file' / 'b'}"])
 
 

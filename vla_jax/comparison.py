@@ -1,8 +1,9 @@
 """Compares variants of a model on one task, alike in everything but what is compared: steps, data, selection, seeds.
 
-Each variant is trained with every learning rate of the grid on the first seed; the best on validation data is kept (its
-run is the first seed's) and trained again on the other seeds. Test data are looked at once, by the chosen runs. Every
-run has a folder of its own: a finished one is read, an unfinished one goes on from its checkpoint.
+Each variant is trained with every learning rate of its grid on the first seed, for a share of the steps of the one
+schedule; the best on validation data goes on to the end, and is trained again on the other seeds. Test data are looked
+at once, by the chosen runs. Every run has a folder of its own: a finished one is read, an unfinished one goes on from
+its checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import numpy as np
 import optax
 
 from vla_jax import names
-from vla_jax.adapters import Placement
 from vla_jax.backbones.loading import Backbone
 from vla_jax.backbones.transformer import Compute
 from vla_jax.data.batches import Batches
@@ -29,116 +29,18 @@ from vla_jax.data.cached import ArraySource, as_rows, evaluate
 from vla_jax.data.pipeline import Pipeline
 from vla_jax.data.stages import Source, Transform
 from vla_jax.errors import UserError
-from vla_jax.model import MODALITIES, AdaptedModel, Task
+from vla_jax.model import MODALITIES, AdaptedModel
 from vla_jax.reporting.table import write_atomically
 from vla_jax.training.checkpoint import Checkpointer, load_adapters, save_adapters
 from vla_jax.training.checkpoint_metadata import Identity
 from vla_jax.training.metrics import JsonLines, TensorBoard
-from vla_jax.training.optimizer import OptimizerConfig, make_optimizer
+from vla_jax.training.optimizer import make_optimizer
 from vla_jax.training.presets import preset
-from vla_jax.training.sharding import batch_sharding, place
+from vla_jax.training.sharding import batch_sharding, place, replicated
 from vla_jax.training.step import Step, TrainState, init_state, make_eval_step, make_train_step, step_shardings
 from vla_jax.training.table import ParameterTable, ResolvedTable
 from vla_jax.training.trainer import fit
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One of the things compared.
-
-    Attributes:
-        name: of its folder and in the tables' data.
-        title: in tables and figures.
-        rules: the preset of the parameter table that says what is trained.
-        placements: what sits in the slots.
-        modalities: what the model is shown.
-        group: the family it is drawn with.
-        learning_rates: the grid from which its own is chosen on validation data.
-    """
-
-    name: str
-    title: str
-    rules: str = "adapters"
-    placements: tuple[Placement, ...] = ()
-    modalities: tuple[str, ...] = MODALITIES
-    group: str = "adapters"
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
-
-    def __post_init__(self):
-        if not self.learning_rates:
-            raise UserError(f"variant {self.name!r} has no learning rate to choose from")
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What every variant gets.
-
-    Attributes:
-        steps: training steps of a run.
-        batch_size: examples of a step.
-        seeds: of parameters, order of the data and dropout; the first one serves the choice.
-        optimizer: everything else of the optimiser.
-        checkpoint_every: steps between checkpoints.
-        log_every: steps between logged ones.
-    """
-
-    steps: int = 400
-    batch_size: int = 64
-    seeds: tuple[int, ...] = (0,)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    checkpoint_every: int = 200
-    log_every: int = 20
-
-    def __post_init__(self):
-        if not self.seeds:
-            raise UserError("a comparison needs at least one seed")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds name one twice: {', '.join(map(str, self.seeds))}")
-        if min(self.steps, self.batch_size, self.checkpoint_every, self.log_every) < 1:
-            raise UserError("steps, batch_size, checkpoint_every and log_every must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskData:
-    """A task with its data.
-
-    Attributes:
-        task: head, loss and metrics.
-        splits: raw examples of ``train``, ``validation`` and ``test``.
-        transform: makes a row of a raw example.
-        probes: further raw examples by name, which every chosen run makes predictions for.
-    """
-
-    task: Task
-    splits: Mapping[str, Source]
-    transform: Transform
-    probes: Mapping[str, Source] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of a variant.
-
-    Attributes:
-        variant: the variant.
-        table: its parameters and which of them are trained.
-        learning_rate: the chosen one.
-        validation: accuracy on validation data by learning rate, first seed.
-        predictions: by name (``test`` and the probes) and field ``[seeds, examples]``: the task's predictions, and
-            ``index``, the examples' places in their source.
-        seconds_per_step: mean of the chosen runs.
-        step_bytes: arguments and temporaries of the compiled step, by the compiler's account.
-        adapter_bytes: size on disk of the first chosen run's trained parameters.
-    """
-
-    variant: Variant
-    table: ResolvedTable
-    learning_rate: float
-    validation: dict[float, float]
-    predictions: dict[str, dict[str, np.ndarray]]
-    seconds_per_step: float
-    step_bytes: int
-    adapter_bytes: int
+from vla_jax.variants import Budget, Outcome, TaskData, Variant
 
 
 class Comparison:
@@ -186,6 +88,8 @@ class Comparison:
             return self.data.splits, self.data.transform
         at = tuple(sorted(model.plan.first_layers().items()))
         if at not in self._streams:
+            # Streams are large, and variants that need the same ones usually stand together: the last ones are kept.
+            self._streams.clear()
             self._streams[at] = {split: self._computed(model, split) for split in self.data.splits}
         return self._streams[at], as_rows
 
@@ -193,9 +97,10 @@ class Comparison:
         program = jax.jit(lambda backbone, batch: model.prefix({"backbone": backbone}, batch))
         pipeline = Pipeline(self.data.splits[split], self.data.transform, self.budget.batch_size, training=False)
         keep = ("tokens", "text_mask", "label", "route")
+        params = place(self.backbone.params, replicated(self.mesh))
         rows = evaluate(
             pipeline,
-            lambda batch: program(self.backbone.params, batch),
+            lambda batch: program(params, batch),
             batch_sharding(self.mesh),
             keep=keep,
             description=f"frozen part of {split}",
@@ -219,15 +124,16 @@ class _VariantRun:
     def outcome(self) -> Outcome:
         """Chooses the learning rate, trains on every seed, tests; what is finished is read."""
         rates, seeds = self.variant.learning_rates, self.budget.seeds
-        first = {rate: self._run(rate, seeds[0]) for rate in rates}
-        validation = {rate: result["validation"] for rate, result in first.items()}
+        look = self.budget.selection_steps if len(rates) > 1 else self.budget.steps
+        validation = {rate: self._run(rate, seeds[0], look)["validation"] for rate in rates}
         best = max(validation, key=validation.get)
-        results = [first[best], *(self._run(best, seed) for seed in seeds[1:])]
+        results = [self._run(best, seed, self.budget.steps) for seed in seeds]
         return Outcome(
             variant=self.variant,
             table=self.table,
             learning_rate=best,
             validation=validation,
+            validated=results[0]["validation"],
             predictions={name: self._predictions(best, name) for name in ("test", *self.comparison.data.probes)},
             seconds_per_step=float(np.mean([result["seconds_per_step"] for result in results])),
             step_bytes=results[0]["step_bytes"],
@@ -237,11 +143,13 @@ class _VariantRun:
     def _folder(self, rate: float, seed: int) -> Path:
         return self.comparison.folder / self.variant.name / f"learning_rate_{rate:g}" / f"seed_{seed}"
 
-    def _run(self, rate: float, seed: int) -> dict[str, Any]:
-        """Trains with one learning rate and seed and measures on validation data, or reads the finished result."""
+    def _run(self, rate: float, seed: int, steps: int) -> dict[str, Any]:
+        """Trains for so many steps of the schedule and measures on validation data, or reads the finished result."""
         folder = self._folder(rate, seed)
-        if (folder / "result.json").is_file():
-            return json.loads((folder / "result.json").read_text())
+        self._check_settings(folder / "settings.json")
+        finished = folder / f"result_{steps}.json"
+        if finished.is_file():
+            return json.loads(finished.read_text())
         trainable, _ = self.table.split(self.model.init(jax.random.key(seed)))
         state = init_state(trainable, self._optimizer(rate, trainable), self.shardings)
         sources, transform = self._sources
@@ -257,7 +165,7 @@ class _VariantRun:
                     self._frozen,
                     dataclasses.replace(program, constants=(np.uint32(seed),)),
                     batches,
-                    self.budget.steps,
+                    steps,
                     checkpointer=saver,
                     log_every=self.budget.log_every,
                     writers=(JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")),
@@ -265,17 +173,44 @@ class _VariantRun:
                 )
         finally:
             batches.close()
-        save_adapters(folder / "adapters", fitted.state.trainable, self.identity, self.budget.steps)
         result = {
             "validation": float(self._measure(fitted.state.trainable, "validation")["correct"].mean()),
             "seconds_per_step": fitted.seconds_per_step or fitted.first_step_seconds,
             "step_bytes": step_bytes,
-            "adapter_bytes": sum(f.stat().st_size for f in (folder / "adapters").rglob("*") if f.is_file()),
         }
-        write_atomically(folder / "result.json", json.dumps(result, indent=1))
-        # The checkpoints served to go on from; the adapters alone are kept.
-        shutil.rmtree(folder / "checkpoints")
+        if steps == self.budget.steps:
+            save_adapters(folder / "adapters", fitted.state.trainable, self.identity, steps)
+            saved = [file.stat().st_size for file in (folder / "adapters").rglob("*") if file.is_file()]
+            result["adapter_bytes"] = sum(saved)
+        write_atomically(finished, json.dumps(result, indent=1))
+        if steps == self.budget.steps:
+            # The checkpoints served to go on from; the adapters alone are kept.
+            shutil.rmtree(folder / "checkpoints")
         return result
+
+    def _check_settings(self, path: Path) -> None:
+        """Refuses a folder whose run had other settings: its numbers would be taken for those of this comparison."""
+        data, budget = self.comparison.data, self.budget
+        settings = {
+            "backbone": self.identity.fingerprint,
+            "model": self.identity.adapters,
+            "steps": budget.steps,
+            "batch_size": budget.batch_size,
+            "optimizer": dataclasses.asdict(dataclasses.replace(budget.optimizer, learning_rate=0.0)),
+            "dtype": self.comparison.compute.dtype,
+            "examples": {name: len(source) for name, source in (*data.splits.items(), *data.probes.items())},
+        }
+        settings = json.loads(json.dumps(settings))
+        if not path.is_file():
+            write_atomically(path, json.dumps(settings, indent=1))
+            return
+        stored = json.loads(path.read_text())
+        if changed := [name for name, value in settings.items() if stored.get(name) != value]:
+            shown = "; ".join(f"{name} was {stored.get(name)} and is now {settings[name]}" for name in changed)
+            raise UserError(
+                f"the run in {path.parent} had other settings: {shown}. Choose another --workdir, the old settings, or "
+                "delete that folder"
+            )
 
     def _predictions(self, rate: float, name: str) -> dict[str, np.ndarray]:
         """Predictions of the chosen runs, ``[seeds, examples]``; made once and kept."""

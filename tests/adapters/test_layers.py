@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from vla_jax.adapters.layers import NOTATION, layers
@@ -66,7 +68,7 @@ def test_every_nth_is_evenly_spaced_up_to_the_last_layer(depth):
         chosen = layers(f"every {step}th", depth, "here")
         assert chosen[-1] == depth - 1
         assert chosen[0] < step
-        assert {b - a for a, b in zip(chosen[:-1], chosen[1:], strict=True)} <= {step}
+        assert {b - a for a, b in itertools.pairwise(chosen)} <= {step}
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,14 @@ import json
 import pytest
 
 from experiments.pretrain_tiny import CONFIG, PRESETS, Phase, check, run
+from vla_jax.backbones.clip import CLIP
 from vla_jax.backbones.loading import load_backbone
+from vla_jax.data.image import Preprocess
 from vla_jax.data.scenes import SceneConfig
 from vla_jax.data.scenes.vocabulary import WORDS, split_words
+from vla_jax.data.text import Tokenize
 from vla_jax.errors import UserError
+from vla_jax.evaluation.scene_zero_shot import clip_encoders, zero_shot
 from vla_jax.tasks.scene_pretraining import ScenePairs
 
 
@@ -47,13 +51,23 @@ def test_a_few_steps_end_in_a_loadable_backbone_and_going_on_changes_nothing(tmp
     assert set(backbone.tokenizer.tokenize("is there a red circle ?")) == {"is", "there", "a", "red", "circle", "?"}
     assert "shape of a single object" in (folder / "CARD.md").read_text()
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    assert [(record["phase"], record["step"]) for record in log] == [
-        ("image", 1),
-        ("image", 2),
-        ("both", 1),
-        ("both", 2),
-    ]
+    steps = [(record["phase"], record["step"]) for record in log]
+    assert steps == [(phase, step) for phase in ("image", "both", "words") for step in (1, 2)]
     assert "validation/shape" in log[-1]
 
     assert run(PRESETS["smoke"], tmp_path) == found
     assert load_backbone(str(folder)).fingerprint == backbone.fingerprint
+
+
+@pytest.mark.slow
+def test_the_shipped_backbone_passes_its_gates_and_leaves_room_for_adapters():
+    backbone = load_backbone("tiny")
+    clip = CLIP(backbone.config)
+    encoders = clip_encoders(clip, Preprocess(backbone.image_processor), Tokenize(backbone.tokenizer, 48))
+    size = backbone.config.image_size
+    found = zero_shot(
+        *encoders(backbone.params), image_size=size, split="test", classes=256, candidates=256, quadruples=200
+    )
+    assert all(found.gates().values()), found
+    assert max(found.group["Object"].value, found.group["Relation"].value) < 0.5
+    assert sum(file.stat().st_size for file in backbone.folder.iterdir()) <= 12 * 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,8 @@ class Group(NamedTuple):
         module = self.method.module()
         first, second = (jnp.zeros((1, width)) for width in self.widths)
         example = (first, second, jnp.ones((1,), bool)) if self.method.joint else (first, second)
+        if self.slot == "attn_kv":
+            example = (first, (second, second))
         lead = (self.depth, self.tasks) if self.tasks else (self.depth,)
         init = lambda k: module.init(k, *example)["params"]  # noqa: E731
         for _ in lead:
@@ -112,7 +115,7 @@ def place(placements: Placement | Sequence[Placement], towers: Mapping[str, Towe
 
     Raises:
         UserError: for a tower or a layer that does not exist, two adapters of one name, weights tied over towers that
-            differ, or a rank pattern that matches no site.
+            differ, pairs of blocks that cross, or a rank pattern that matches no site.
     """
     placements = (placements,) if isinstance(placements, Placement) else tuple(placements)
     names = [placement.name for placement in placements]
@@ -120,7 +123,18 @@ def place(placements: Placement | Sequence[Placement], towers: Mapping[str, Towe
         if names.count(name) > 1:
             raise UserError(f"two adapters are named {name!r}; give each placement a name of its own")
     groups = tuple(group for placement in placements for group in _groups(placement, towers))
+    _check_order([pair for g in groups if g.method.joint for pair in zip(*g.layers, strict=True)])
     return Plan(placements, groups, tuple((name, shape.depth) for name, shape in towers.items()))
+
+
+def _check_order(pairs: Sequence[tuple[int, int]]) -> None:
+    """Refuses pairs of several placements of which each would have to be reached before the other."""
+    for before, after in itertools.pairwise(sorted(pairs)):
+        if after[1] < before[1]:
+            raise UserError(
+                f"the pairs of blocks (vision, text) {before} and {after} cross, so that neither can be reached first; "
+                "choose pairs that ascend in both towers"
+            )
 
 
 def _groups(placement: Placement, towers: Mapping[str, TowerShape]) -> list[Group]:

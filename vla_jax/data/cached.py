@@ -58,13 +58,19 @@ def evaluate(
         read are missing.
     """
     batches = Batches(iter(pipeline), sharding)
-    parts: list[dict[str, np.ndarray]] = []
+    gathered: dict[str, np.ndarray] = {}
+    count = 0
     try:
         for batch in tqdm(batches, total=len(pipeline), desc=description, disable=None if description else True):
-            results = dict(compute(batch)) | {name: batch[name] for name in (*keep, "index", "valid")}
-            parts.append({name: np.asarray(value) for name, value in results.items()})
+            results = dict(compute(batch)) | {name: batch[name] for name in (*keep, "index")}
+            valid = np.asarray(batch["valid"])
+            for name, value in results.items():
+                rows = np.asarray(value)[valid]
+                if name not in gathered:
+                    # In place from the start: results may fill most of the memory, and joining them would double them.
+                    gathered[name] = np.empty((len(pipeline.source), *rows.shape[1:]), rows.dtype)
+                gathered[name][count : count + len(rows)] = rows
+            count += int(valid.sum())
     finally:
         batches.close()
-    gathered = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    valid = gathered.pop("valid")
-    return {name: array[valid] for name, array in gathered.items()}
+    return {name: array[:count] for name, array in gathered.items()}

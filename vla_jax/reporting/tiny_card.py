@@ -44,14 +44,13 @@ def card(config: Mapping[str, Any], shape: CLIPConfig, found: ZeroShot, *, param
     return f"""# tiny: a small CLIP for generated scenes
 
 A plain CLIP in the hub's format, {parameters / 1e6:.1f} million parameters in float16, made for tests and for
-experiments on a laptop. It knows generated scenes of simple objects and the words about them, and nothing of
-photographs.
+experiments on a laptop. It knows generated scenes of simple objects and the words about them, nothing of photographs.
 
 | | image tower | text tower |
 | --- | --- | --- |
 | width, depth, heads | {_tower(shape.vision)} | {_tower(shape.text)} |
 | input | {sizes[0]} | {sizes[1]} |
-| vocabulary | | {shape.vocabulary_size} words |
+| vocabulary | | {shape.vocabulary_size} tokens: whole words |
 
 Joint space: {shape.projection} dimensions. Pictures of another size are resized by the image processor.
 

@@ -1,0 +1,500 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax import names
+from vla_jax.adapters import Bottleneck, Fusion, LoRA, Placement, place
+from vla_jax.backbones.clip import CLIP, pool_position
+from vla_jax.backbones.clip_config import PRESETS, CLIPConfig
+from vla_jax.backbones.convert import abstract_params, parameter_shapes
+from vla_jax.backbones.transformer import Compute, TowerConfig
+from vla_jax.errors import UserError
+
+CONFIG = CLIPConfig(
+    vision=TowerConfig(width=16, depth=3, heads=2, mlp_width=40),
+    text=TowerConfig(width=12, depth=2, heads=3, mlp_width=24, activation="gelu"),
+    image_size=8,
+    patch_size=4,
+    vocabulary_size=40,
+    context_length=7,
+    projection=10,
+    eos_token_id=39,
+)
+DEPTHS = {"vision": 3, "text": 2}
+EMPTY = place((), CONFIG.towers)
+LAST = place(Placement(Bottleneck(rank=3), slots=("mlp_out",), layers="-1"), CONFIG.towers)
+FUSED = place(Placement(Fusion(rank=4, heads=2), pairs=((1, 0), (2, 1))), CONFIG.towers)
+EMBED = place(Placement(Bottleneck(rank=3), slots=("embed",)), CONFIG.towers)
+
+
+@pytest.fixture
+def quick_compilation():
+    """For tests in which nothing depends on how well a program is compiled."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+quick = pytest.mark.usefixtures("quick_compilation")
+
+
+def drawn(shapes, seed: int):
+    """Noise of these shapes, with LayerNorms around one."""
+    generator, flat = np.random.default_rng(seed), names.flatten(shapes)
+    noise = {name: 0.3 * generator.standard_normal(leaf.shape).astype(np.float32) for name, leaf in flat.items()}
+    return names.unflatten({name: leaf + name.endswith("scale") for name, leaf in noise.items()})
+
+
+@functools.cache
+def backbone():
+    return drawn(abstract_params(CONFIG), 0)
+
+
+@functools.cache
+def adapters(plan):
+    return drawn(jax.eval_shape(plan.init, jax.random.key(0)), 1)
+
+
+@functools.cache
+def batch():
+    """Four images, four texts of different lengths padded on the right, and their mask."""
+    generator = np.random.default_rng(2)
+    images = generator.standard_normal((4, 8, 8, 3)).astype(np.float32)
+    tokens, mask = generator.integers(2, 38, (4, 6)), np.zeros((4, 6), bool)
+    for row, length in enumerate((3, 6, 4, 5)):
+        tokens[row, length - 1] = 39
+        tokens[row, length:] = 0
+        mask[row, :length] = True
+    return images, tokens.astype(np.int32), mask
+
+
+@functools.cache
+def program(plan=None, cut=None, compute=Compute(), hidden=False):
+    """``run(params, adapters, images, tokens, mask)``, whole or in two parts cut after these blocks."""
+    clip = CLIP(CONFIG, compute)
+
+    @jax.jit
+    def run(params, adapters, images, tokens, mask):
+        bound = None if plan is None else plan.bind(adapters)
+        after = None
+        if cut is not None:
+            layers = {"image_layers": cut[0], "text_layers": cut[1]}
+            after = clip.apply({"params": params}, images, tokens, mask, **layers, method="prefix")
+            images = None
+        return clip.apply({"params": params}, images, tokens, mask, adapters=bound, after=after, hidden_states=hidden)
+
+    return run
+
+
+def outputs(plan=None, **settings):
+    return program(plan, **settings)(backbone(), None if plan is None else adapters(plan), *batch())
+
+
+def assert_close(ours, theirs, tolerance=2e-6):
+    for name in ("image_features", "text_features", "image_tokens", "text_tokens", "image_pooled", "text_pooled"):
+        mine, reference = (np.asarray(getattr(out, name), np.float32) for out in (ours, theirs))
+        assert np.linalg.norm(mine - reference) <= tolerance * np.linalg.norm(reference), name
+
+
+def abstractly(plan=None, *arrays, **settings):
+    """Traces a forward pass without compiling or computing anything."""
+
+    def run(params, adapters):
+        bound = None if plan is None else plan.bind(adapters)
+        return CLIP(CONFIG).apply({"params": params}, *arrays, adapters=bound, **settings)
+
+    return jax.eval_shape(run, backbone(), None if plan is None else adapters(plan))
+
+
+# Nothing in the slots
+
+
+def plain_forward(params, images, tokens, mask):
+    """CLIP written straight down, block after block, without slots, segments or scans."""
+
+    def norm(weights, x):
+        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False).apply({"params": weights}, x)
+
+    def linear(weights, x):
+        return nn.Dense(weights["kernel"].shape[-1], use_bias="bias" in weights).apply({"params": weights}, x)
+
+    def run(tower, config, stream, bias):
+        batch_size, length, width = stream.shape
+        for layer in range(config.depth):
+            block = jax.tree.map(lambda a, layer=layer: a[layer], tower["blocks"])
+            attention = block["attn"]
+            x = norm(block["norm1"], stream)
+            split = (batch_size, length, config.heads, width // config.heads)
+            query, key, value = (linear(attention[n], x).reshape(split).swapaxes(1, 2) for n in "qkv")
+            scores = query * (width // config.heads) ** -0.5 @ key.swapaxes(2, 3)
+            scores = scores if bias is None else scores + bias
+            mixed = (jax.nn.softmax(scores) @ value).swapaxes(1, 2).reshape(stream.shape)
+            stream = stream + linear(attention["out"], mixed)
+            hidden = linear(block["mlp"]["fc1"], norm(block["norm2"], stream))
+            quick_gelu = config.activation == "quick_gelu"
+            hidden = hidden * jax.nn.sigmoid(1.702 * hidden) if quick_gelu else jax.nn.gelu(hidden, approximate=False)
+            stream = stream + linear(block["mlp"]["fc2"], hidden)
+        return stream
+
+    vision, text, patch = params["vision"], params["text"], CONFIG.patch_size
+    patches = images.reshape(len(images), CONFIG.grid, patch, CONFIG.grid, patch, 3).swapaxes(2, 3)
+    patches = patches.reshape(len(images), CONFIG.grid**2, -1)
+    patches = patches @ vision["patch_embedding"]["kernel"].reshape(-1, CONFIG.vision.width)
+    first = jnp.broadcast_to(vision["class_embedding"], (len(images), 1, CONFIG.vision.width))
+    stream = jnp.concatenate([first, patches], 1) + vision["position_embedding"]
+    image = run(vision, CONFIG.vision, norm(vision["pre_norm"], stream), None)
+
+    length = tokens.shape[1]
+    seen = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
+    stream = jnp.take(text["token_embedding"], tokens, axis=0) + text["position_embedding"][:length]
+    words = run(text, CONFIG.text, stream, jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min))
+    words = norm(text["post_norm"], words)
+    last = jnp.argmax(tokens == CONFIG.eos_token_id, axis=-1)
+    pooled = jnp.take_along_axis(words, last[:, None, None], axis=1)[:, 0]
+    return linear(vision["projection"], norm(vision["post_norm"], image[:, 0])), linear(text["projection"], pooled)
+
+
+def test_without_adapters_the_compiled_program_is_the_plain_models():
+    unrolled = CLIP(CONFIG, Compute(unroll=3))
+
+    def ours(plan, params, images, tokens, mask):
+        bound = None if plan is None else plan.bind({})
+        out = unrolled.apply({"params": params}, images, tokens, mask, adapters=bound)
+        return out.image_features, out.text_features
+
+    arguments = (backbone(), *batch())
+    without, empty = (jax.jit(functools.partial(ours, plan)).lower(*arguments) for plan in (None, EMPTY))
+    assert without.as_text() == empty.as_text()
+    ours_compiled, plain_compiled = without.compile(), jax.jit(plain_forward).lower(*arguments).compile()
+    ours_cost, plain_cost = ours_compiled.cost_analysis(), plain_compiled.cost_analysis()
+    assert plain_cost["flops"] > 1e5
+    assert ours_cost["flops"] == plain_cost["flops"]
+    assert ours_cost["transcendentals"] == plain_cost["transcendentals"]
+    for mine, reference in zip(ours_compiled(*arguments), plain_compiled(*arguments), strict=True):
+        assert np.linalg.norm(mine - reference) <= 1e-6 * np.linalg.norm(reference)
+
+
+@quick
+def test_an_empty_plan_gives_the_plain_outputs_bit_for_bit():
+    for mine, reference in zip(jax.tree.leaves(outputs(EMPTY)), jax.tree.leaves(outputs()), strict=True):
+        np.testing.assert_array_equal(mine, reference)
+
+
+@quick
+def test_one_modality_gives_its_part_and_batches_may_differ():
+    images, tokens, mask = batch()
+    whole = outputs()
+    image = program()(backbone(), None, images[:3], None, None)
+    text = program()(backbone(), None, None, tokens[1:], mask[1:])
+    assert image.text_features is image.text_tokens is text.image_features is text.image_pooled is None
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(image.image_features, whole.image_features[:3])
+    close(text.text_features, whole.text_features[1:])
+    shapes = abstractly(None, images, tokens[1:], mask[1:])
+    assert (shapes.image_features.shape, shapes.text_features.shape) == ((4, 10), (3, 10))
+
+
+@quick
+def test_logits_are_scaled_cosines():
+    out = outputs()
+    image, text = (np.asarray(f, np.float64) for f in (out.image_features, out.text_features))
+    cosines = np.array([[i @ t / np.linalg.norm(i) / np.linalg.norm(t) for t in text] for i in image])
+    scale = np.exp(np.float64(backbone()["logit_scale"]))
+    np.testing.assert_allclose(out.logits, scale * cosines, rtol=1e-5)
+    np.testing.assert_allclose(out.pair_logits, scale * np.diag(cosines), rtol=1e-5)
+
+
+# Prefixes
+
+
+@quick
+@pytest.mark.parametrize(
+    ("plan", "cut"),
+    [
+        (None, (0, 0)),
+        (None, (1, 2)),
+        (None, (3, 1)),
+        (LAST, (2, 1)),
+        (LAST, (1, 0)),
+        (FUSED, (2, 1)),  # the first joint stands right at the cut
+        (FUSED, (1, 0)),
+        (EMBED, (0, 0)),
+    ],
+    ids=["start", "inside", "end", "adapters_at", "adapters_behind", "joint_at", "joint_behind", "embeddings"],
+)
+def test_prefix_and_what_comes_after_are_the_whole(plan, cut):
+    whole = outputs(plan)
+    assert_close(outputs(plan, cut=cut), whole)
+    if plan is not None:
+        assert np.linalg.norm(whole.image_features - outputs().image_features) > 0.01
+
+
+def prefix_of(image_layers: int, text_layers: int):
+    images, tokens, mask = batch()
+    layers = {"image_layers": image_layers, "text_layers": text_layers}
+    return jax.eval_shape(
+        lambda p: CLIP(CONFIG).apply({"params": p}, images, tokens, mask, **layers, method="prefix"), backbone()
+    )
+
+
+@pytest.mark.parametrize(
+    ("plan", "cut", "tower"),
+    [
+        (LAST, (3, 1), "vision"),
+        (LAST, (2, 2), "text"),
+        (FUSED, (3, 1), "vision"),
+        (FUSED, (2, 2), "text"),
+        (EMBED, (1, 0), "vision"),
+        (EMBED, (0, 1), "text"),
+    ],
+)
+def test_a_prefix_that_has_passed_an_adapter_is_refused(plan, cut, tower):
+    _, tokens, mask = batch()
+    after = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), prefix_of(*cut))
+    with pytest.raises(
+        UserError, match=f"passed {max(cut)} blocks of the {tower} tower|passed .* of the {tower} tower"
+    ):
+        abstractly(plan, None, tokens, mask, after=after)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ((4, 0), "image_layers 4 is outside 0 to 3"),
+        ((-1, 0), "image_layers -1 is outside 0 to 3"),
+        ((0, 3), "text_layers 3 is outside 0 to 2"),
+    ],
+)
+def test_a_prefix_of_blocks_that_do_not_exist_is_refused(cut, message):
+    with pytest.raises(UserError, match=message):
+        prefix_of(*cut)
+
+
+def test_joints_need_both_modalities():
+    images, tokens, mask = batch()
+    with pytest.raises(UserError, match="need images and tokens together; got no tokens"):
+        abstractly(FUSED, images)
+    with pytest.raises(UserError, match="need images and tokens together; got no images"):
+        abstractly(FUSED, None, tokens, mask)
+
+
+# Hidden states, masks and pooling
+
+
+@quick
+def test_hidden_states_are_the_embeddings_and_every_blocks_output():
+    out = outputs(hidden=True)
+    assert_close(out, outputs())
+    assert out.image_hidden.shape == (1 + 3, 4, 1 + 4, 16)
+    assert out.text_hidden.shape == (1 + 2, 4, 6, 12)
+    np.testing.assert_array_equal(out.image_hidden[-1], out.image_tokens)
+    params, (images, tokens, _) = backbone(), batch()
+
+    def norm(x, weights):
+        x = np.asarray(x, np.float64)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * weights["scale"] + weights["bias"]
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(norm(out.text_hidden[-1], params["text"]["post_norm"]), out.text_tokens)
+    close(norm(out.image_hidden[-1][:, 0], params["vision"]["post_norm"]), out.image_pooled)
+    text = params["text"]
+    close(out.text_hidden[0], text["token_embedding"][tokens] + text["position_embedding"][:6])
+    vision, patches = params["vision"], np.zeros((4, 5, 16))
+    patches[:, 0] = vision["class_embedding"]
+    for row in range(2):
+        for column in range(2):
+            patch = images[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            patches[:, 1 + 2 * row + column] = np.einsum("bhwc,hwcd->bd", patch, vision["patch_embedding"]["kernel"])
+    close(out.image_hidden[0], norm(patches + vision["position_embedding"], vision["pre_norm"]))
+
+
+@quick
+def test_hidden_states_of_a_cut_tower_are_those_of_the_whole():
+    # One segment a block: an adapter that is the identity in every second block.
+    plan = place(Placement(LoRA(rank=1), slots=("attn_q",), towers=("vision",), layers="1"), CONFIG.towers)
+    zero = jax.tree.map(np.zeros_like, adapters(plan))
+    cut = program(plan, hidden=True)(backbone(), zero, *batch())
+    whole = outputs(hidden=True)
+    for mine, reference in ((cut.image_hidden, whole.image_hidden), (cut.text_hidden, whole.text_hidden)):
+        np.testing.assert_allclose(mine, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_are_not_kept_unless_asked_for():
+    out = abstractly(None, *batch())
+    assert out.image_hidden is out.text_hidden is None
+
+
+@quick
+def test_padding_on_the_right_does_not_matter_to_the_pooled_feature():
+    images, tokens, mask = batch()
+    masked = outputs()
+    seen = program()(backbone(), None, images, tokens, np.ones_like(mask))
+    np.testing.assert_array_equal(seen.text_features, masked.text_features)
+    other = np.where(mask, tokens, 17)
+    np.testing.assert_array_equal(program()(backbone(), None, images, other, mask).text_features, masked.text_features)
+    # Yet the mask does hide what it names.
+    hidden = mask & (np.arange(6) != 1)
+    assert not np.allclose(program()(backbone(), None, images, tokens, hidden).text_features, masked.text_features)
+
+
+def test_words_after_a_token_do_not_reach_it():
+    gradient = jax.jacobian(
+        lambda positions: (
+            CLIP(CONFIG)
+            .apply(
+                {"params": backbone() | {"text": backbone()["text"] | {"position_embedding": positions}}},
+                None,
+                batch()[1][1:2],
+            )
+            .text_tokens[0, :, 0]
+        )
+    )(jnp.asarray(backbone()["text"]["position_embedding"]))
+    reached = np.abs(gradient).max(-1)[:, :6] > 0  # [token, position]
+    np.testing.assert_array_equal(reached, np.tril(np.ones((6, 6), bool)))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "eos", "expected"),
+    [("first_eos", 7, [1, 3, 0, 2]), ("first_eos", 9, [3, 0, 2, 0]), ("largest_id", 7, [3, 3, 2, 0])],
+)
+def test_pooled_position_by_hand(pooling, eos, expected):
+    tokens = jnp.array([[1, 7, 3, 9], [5, 2, 6, 7], [7, 7, 9, 0], [8, 6, 7, 7]])
+    config = dataclasses.replace(CONFIG, pooling=pooling, eos_token_id=eos)
+    np.testing.assert_array_equal(pool_position(config, tokens), expected)
+
+
+# How it is run
+
+
+@quick
+def test_recomputation_changes_the_work_and_not_the_gradients():
+    def loss(params, remat):
+        out = CLIP(CONFIG, Compute(remat=remat)).apply(
+            {"params": params}, *batch(), adapters=FUSED.bind(adapters(FUSED))
+        )
+        return jnp.sum(out.image_features**2) + jnp.sum(out.text_features**3)
+
+    gradients, products = {}, {}
+    for remat in ("none", "dots", "full"):
+        gradient = jax.jit(jax.grad(functools.partial(loss, remat=remat)))
+        products[remat] = str(gradient.trace(backbone()).jaxpr).count("dot_general")
+        gradients[remat] = names.flatten(gradient(backbone()))
+    # The attention's two products of activations are redone for "dots", and the weight products too for "full".
+    assert products["none"] < products["dots"] < products["full"]
+    for remat in ("dots", "full"):
+        for name, reference in gradients["none"].items():
+            # Rounding of the whole tree's gradient, since some leaves (the keys' biases) have a gradient of zero.
+            error = np.linalg.norm(gradients[remat][name] - reference)
+            assert error <= 1e-5 * max(np.linalg.norm(reference), 1.0), (remat, name)
+
+
+@quick
+@pytest.mark.parametrize("plan", [None, FUSED], ids=["plain", "fused"])
+def test_half_precision_differs_by_its_roundings(plan):
+    half, full = outputs(plan, compute=Compute(dtype="bfloat16")), outputs(plan)
+    assert {half.image_tokens.dtype, half.text_features.dtype} == {jnp.dtype("bfloat16")}
+    assert half.logits.dtype == jnp.float32
+    # Each block rounds about ten times to 8 bits, each way independently: errors add up as a root.
+    roundings = 10 * (3 + 2)
+    assert_close(half, full, tolerance=roundings**0.5 * 2**-8)
+    with pytest.raises(AssertionError):
+        assert_close(half, full, tolerance=2**-12)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        ("vit_b_32", 151_277_313),
+        ("vit_b_16", 149_620_737),
+        ("vit_l_14", 427_616_513),
+        ("vit_l_14_336", 427_944_193),
+        ("openclip_b_32", 151_277_313),
+        ("openclip_b_16", 149_620_737),
+        ("openclip_l_14", 427_616_513),
+        ("openclip_h_14", 986_109_441),
+    ],
+)
+def test_published_parameter_counts(preset, count):
+    shapes = parameter_shapes(CLIPConfig.preset(preset))
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("openclip_g_14", 1366.68), ("openclip_bigg_14", 2539.57)])
+def test_published_parameter_counts_in_millions(preset, millions):
+    # Open CLIP's own profile of its models, which counts no logit scale.
+    shapes = parameter_shapes(CLIPConfig.preset(preset))
+    assert round(sum(int(np.prod(shape)) for shape in shapes.values()) / 1e6, 2) == millions
+
+
+def test_presets_know_their_towers():
+    towers = CLIPConfig.preset("vit_b_16").towers
+    assert towers == {"vision": (12, 768, 3072), "text": (12, 512, 2048)}
+    placement = Placement(LoRA(rank=2, alpha=1.0), slots=("attn_q", "attn_k", "attn_v"))
+    assert place(placement, towers).parameter_count() == 184_320  # CLIP-LoRA on B/16
+    assert {name: config.grid for name, config in PRESETS.items() if name.startswith("vit")} == {
+        "vit_b_32": 7,
+        "vit_b_16": 14,
+        "vit_l_14": 16,
+        "vit_l_14_336": 24,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 10}, "image_size 10 is not a positive multiple of patch_size 4"),
+        ({"image_size": 0}, "image_size 0 is not a positive multiple"),
+        ({"patch_size": 0}, "is not a positive multiple of patch_size 0"),
+        ({"pooling": "eos"}, "unknown text pooling 'eos'.*first_eos"),
+        ({"eos_token_id": 40}, "eos_token_id 40 is outside the vocabulary of 40"),
+        ({"eos_token_id": -1}, "eos_token_id -1 is outside the vocabulary of 40"),
+    ],
+)
+def test_shapes_without_meaning_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 5}, "width 16 does not divide into 5 heads"),
+        ({"depth": 0}, "must be positive"),
+        ({"mlp_width": -1}, "must be positive"),
+        ({"heads": 0}, "must be positive"),
+        ({"activation": "relu"}, "unknown activation 'relu'.*quick_gelu"),
+    ],
+)
+def test_towers_without_meaning_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(CONFIG.vision, **changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "float16"}, "unknown compute dtype 'float16'; did you mean .*bfloat16"),
+        ({"unroll": 0}, "unroll must be at least 1, got 0"),
+        ({"remat": "ful"}, "unknown remat policy 'ful'; did you mean 'full'"),
+    ],
+)
+def test_ways_of_running_that_do_not_exist_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Compute(**settings)
+
+
+def test_a_preset_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="unknown CLIP shape 'vit_b_33'; did you mean 'vit_b_32'"):
+        CLIPConfig.preset("vit_b_33")

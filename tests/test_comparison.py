@@ -1,0 +1,226 @@
+"""What is compared, how it is chosen, and that finished work is never done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from small_model import CONFIG, LENGTH, backbone, batch
+
+from vla_jax import comparison as module
+from vla_jax import names
+from vla_jax.adapters import Fusion, LoRA, Placement
+from vla_jax.backbones.transformer import Compute
+from vla_jax.comparison import Comparison
+from vla_jax.data.cached import ArraySource, as_rows
+from vla_jax.errors import UserError
+from vla_jax.tasks.matching import Matching
+from vla_jax.training.checkpoint import load_adapters
+from vla_jax.training.metrics import read_records
+from vla_jax.training.optimizer import OptimizerConfig
+from vla_jax.training.sharding import MeshConfig, make_mesh
+from vla_jax.variants import Budget, TaskData, Variant
+
+BUDGET = Budget(
+    steps=6, batch_size=8, seeds=(0, 1), optimizer=OptimizerConfig(warmup_steps=1), checkpoint_every=2, log_every=1
+)
+LINEAR = Variant("linear", "linear head alone", rules="linear_probe", learning_rates=(1e-3, 1.0))
+FUSED = Variant("fused", "fused", placements=(Placement(Fusion(rank=4, heads=2), layers="last 1"),))
+SIZES = {"train": 40, "validation": 21, "test": 19}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def _source(count: int, seed: int) -> ArraySource:
+    """Rows whose label says whether the picture is bright, which a linear head finds out."""
+    rows = batch(count, seed)
+    del rows["valid"]
+    rows["image"] = rows["image"] + np.where(rows["label"], 1.0, -1.0)[:, None, None, None].astype(np.float32)
+    return ArraySource(rows)
+
+
+DATA = TaskData(
+    Matching("bright"),
+    {split: _source(count, seed) for seed, (split, count) in enumerate(SIZES.items())},
+    as_rows,
+    probes={"probe": _source(13, 9)},
+)
+
+
+def _comparison(folder, **changes) -> Comparison:
+    parts = {"data": DATA, "budget": BUDGET, "mesh": make_mesh(MeshConfig()), "compute": Compute()} | changes
+    return Comparison(backbone(), folder=folder, **parts)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("trained although it was done")
+
+    monkeypatch.setattr(module, "fit", refuse)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def outcome(folder):
+    return _comparison(folder).run(LINEAR)
+
+
+def _run(folder, rate, seed):
+    return folder / "linear" / f"learning_rate_{rate:g}" / f"seed_{seed}"
+
+
+def test_the_rate_with_the_best_validation_accuracy_is_kept_and_only_that_has_further_seeds(folder, outcome):
+    found = {
+        rate: json.loads((_run(folder, rate, 0) / "result.json").read_text())["validation"]
+        for rate in LINEAR.learning_rates
+    }
+    assert outcome.validation == found
+    assert outcome.learning_rate == max(found, key=found.get)
+    for rate in LINEAR.learning_rates:
+        assert _run(folder, rate, 1).exists() == (rate == outcome.learning_rate)
+
+
+def test_only_chosen_runs_look_at_test_data(folder, outcome):
+    for rate in LINEAR.learning_rates:
+        for seed in BUDGET.seeds:
+            for name in ("test", "probe"):
+                assert (_run(folder, rate, seed) / f"{name}.npz").exists() == (rate == outcome.learning_rate)
+
+
+def test_predictions_are_those_of_the_trained_head_in_the_sources_order(folder, outcome):
+    model = _comparison(folder).model(LINEAR)
+    for name, source in (("test", DATA.splits["test"]), ("probe", DATA.probes["probe"])):
+        found = outcome.predictions[name]
+        count = len(source)
+        assert {field: array.shape for field, array in found.items()} == dict.fromkeys(
+            ("index", "score", "correct"), (2, count)
+        )
+        for seed in BUDGET.seeds:
+            np.testing.assert_array_equal(found["index"][seed], np.arange(count))
+            trained, _ = load_adapters(_run(folder, outcome.learning_rate, seed) / "adapters")
+            params = names.merge({"backbone": backbone().params}, trained)
+            expected = jax.jit(model.predict)(params, source.arrays)
+            np.testing.assert_allclose(found["score"][seed], expected["score"], rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(found["correct"][seed], expected["correct"])
+    assert not np.array_equal(*outcome.predictions["test"]["score"])  # the seeds differ
+
+
+def test_an_outcome_says_what_was_trained_and_what_it_cost(folder, outcome):
+    assert outcome.table.trained == 4 * CONFIG.projection + 1
+    assert outcome.seconds_per_step > 0
+    assert outcome.step_bytes > 4 * 3 * outcome.table.trained
+    saved = _run(folder, outcome.learning_rate, 0) / "adapters"
+    assert outcome.adapter_bytes == sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
+    records = read_records(_run(folder, outcome.learning_rate, 0) / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 7))
+    assert not list(folder.rglob("checkpoints"))  # they served to go on from
+
+
+def test_a_finished_variant_is_read(folder, outcome, no_training):
+    again = _comparison(folder).run(LINEAR)
+    assert again.validation == outcome.validation
+    assert (again.learning_rate, again.adapter_bytes) == (outcome.learning_rate, outcome.adapter_bytes)
+    for name, fields in outcome.predictions.items():
+        for field, array in fields.items():
+            np.testing.assert_array_equal(again.predictions[name][field], array)
+
+
+def test_other_settings_in_the_same_folder_are_refused(folder, outcome, no_training):
+    for changes, message in (
+        ({"budget": dataclasses.replace(BUDGET, steps=7)}, "steps was 6 and is now 7.*another --workdir"),
+        ({"budget": dataclasses.replace(BUDGET, optimizer=OptimizerConfig())}, "optimizer was .*'warmup_steps': 1"),
+        ({"data": dataclasses.replace(DATA, probes={})}, "examples was"),
+        ({"compute": Compute("bfloat16")}, "dtype was float32 and is now bfloat16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _comparison(folder, **changes).run(LINEAR)
+    with pytest.raises(UserError, match="model was"):
+        _comparison(folder).run(dataclasses.replace(LINEAR, rules="layer_norm"))
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(tmp_path, monkeypatch):
+    budget = dataclasses.replace(BUDGET, seeds=(3,))
+    variant = dataclasses.replace(FUSED, learning_rates=(1e-2,))
+    whole = _comparison(tmp_path / "whole", budget=budget).run(variant)
+
+    fit, starts = module.fit, []
+
+    class Killed(BaseException):
+        """Stands for a process that dies: no handler runs."""
+
+    def dies(state, frozen, step, batches, steps, **arguments):
+        def counting(*given):
+            if len(starts) == 5:
+                raise Killed
+            starts.append(0)
+            return step(*given)
+
+        return fit(state, frozen, counting, batches, steps, **arguments)
+
+    monkeypatch.setattr(module, "fit", dies)
+    with pytest.raises(Killed):
+        _comparison(tmp_path / "cut", budget=budget).run(variant)
+    monkeypatch.setattr(module, "fit", fit)
+    resumed = _comparison(tmp_path / "cut", budget=budget).run(variant)
+    records = [
+        [(r["step"], r["train/loss"]) for r in read_records(next((tmp_path / name).rglob("metrics.jsonl")))]
+        for name in ("whole", "cut")
+    ]
+    assert records[0] == records[1]
+    assert resumed.validation == whole.validation
+    np.testing.assert_array_equal(resumed.predictions["test"]["score"], whole.predictions["test"]["score"])
+    # An adapter's steps start behind the blocks that it does not touch.
+    streams, _ = _comparison(tmp_path / "whole").sources(_comparison(tmp_path).model(FUSED), whole.table)
+    assert streams["train"].arrays["image_stream"].shape == (SIZES["train"], 5, CONFIG.vision.width)
+    assert streams["train"].arrays["text_stream"].shape == (SIZES["train"], LENGTH, CONFIG.text.width)
+    np.testing.assert_array_equal(streams["train"].arrays["position"], np.arange(SIZES["train"]))
+
+
+def test_streams_are_computed_once_for_variants_that_start_alike_and_not_at_all_for_a_trained_backbone(tmp_path):
+    comparison = _comparison(tmp_path, data=dataclasses.replace(DATA, splits={"test": DATA.splits["test"]}))
+    found = {}
+    for variant in (
+        LINEAR,
+        FUSED,
+        dataclasses.replace(FUSED, name="other", placements=(Placement(Fusion(rank=2, mix="none"), layers="last 1"),)),
+        Variant("lora", "lora", placements=(Placement(LoRA(rank=2), slots=("attn_q",)),)),
+        Variant("full", "full", rules="full"),
+        Variant("image", "image", rules="linear_probe", modalities=("image",)),
+    ):
+        found[variant.name] = comparison.sources(comparison.model(variant), comparison.table(variant))
+    assert found["fused"][0] is found["other"][0]
+    # After the last block, whether a joint or a head stands there; and before the first.
+    outputs = jax.jit(comparison.model(LINEAR).prefix)({"backbone": backbone().params}, DATA.splits["test"].arrays)
+    for name in ("linear", "fused"):
+        streams = found[name][0]["test"].arrays
+        for field in ("image_stream", "text_stream"):
+            np.testing.assert_allclose(streams[field], outputs[field], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(found["lora"][0]["test"].arrays["image_stream"], outputs["image_stream"], rtol=1e-2)
+    for name in ("full", "image"):
+        assert found[name] == (comparison.data.splits, as_rows)
+
+
+def test_settings_that_make_no_comparison_are_refused():
+    with pytest.raises(UserError, match="variant 'a' has no learning rate"):
+        Variant("a", "a", learning_rates=())
+    with pytest.raises(UserError, match="at least one seed"):
+        Budget(seeds=())
+    with pytest.raises(UserError, match="seeds name one twice: 0, 1, 0"):
+        Budget(seeds=(0, 1, 0))
+    with pytest.raises(UserError, match="at least 1"):
+        Budget(steps=0)

@@ -1,0 +1,127 @@
+"""What a comparison is made of: variants, the budget they share, a task with its data, and what became of a variant."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from vla_jax.adapters import Placement
+from vla_jax.data.stages import Source, Transform
+from vla_jax.errors import UserError
+from vla_jax.model import MODALITIES, Task
+from vla_jax.training.optimizer import OptimizerConfig
+from vla_jax.training.table import ResolvedTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One of the things compared.
+
+    Attributes:
+        name: of its folder and in the tables' data.
+        title: in tables and figures.
+        rules: the preset of the parameter table that says what is trained.
+        placements: what sits in the slots.
+        modalities: what the model is shown.
+        group: the family it is drawn with.
+        learning_rates: the grid from which its own is chosen on validation data.
+    """
+
+    name: str
+    title: str
+    rules: str = "adapters"
+    placements: tuple[Placement, ...] = ()
+    modalities: tuple[str, ...] = MODALITIES
+    group: str = "adapters"
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+
+    def __post_init__(self):
+        if not self.learning_rates:
+            raise UserError(f"variant {self.name!r} has no learning rate to choose from")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What every variant gets.
+
+    Attributes:
+        steps: training steps of a run.
+        selection_share: share of the steps after which the learning rate is chosen; runs go on from there.
+        batch_size: examples of a step.
+        seeds: of parameters, order of the data and dropout; the first one serves the choice.
+        optimizer: everything else of the optimiser.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between logged ones.
+    """
+
+    steps: int = 400
+    selection_share: float = 0.25
+    batch_size: int = 64
+    seeds: tuple[int, ...] = (0,)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint_every: int = 200
+    log_every: int = 20
+
+    def __post_init__(self):
+        if not self.seeds:
+            raise UserError("a comparison needs at least one seed")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds name one twice: {', '.join(map(str, self.seeds))}")
+        if min(self.steps, self.batch_size, self.checkpoint_every, self.log_every) < 1:
+            raise UserError("steps, batch_size, checkpoint_every and log_every must be at least 1")
+        if not 0 < self.selection_share <= 1:
+            raise UserError(
+                f"selection_share is a share of the steps, above 0 and at most 1; got {self.selection_share}"
+            )
+
+    @property
+    def selection_steps(self) -> int:
+        """The step after which the learning rate is chosen."""
+        return max(1, round(self.selection_share * self.steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task with its data.
+
+    Attributes:
+        task: head, loss and metrics.
+        splits: raw examples of ``train``, ``validation`` and ``test``.
+        transform: makes a row of a raw example.
+        probes: further raw examples by name, which every chosen run makes predictions for.
+    """
+
+    task: Task
+    splits: Mapping[str, Source]
+    transform: Transform
+    probes: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a variant.
+
+    Attributes:
+        variant: the variant.
+        table: its parameters and which of them are trained.
+        learning_rate: the chosen one.
+        validation: accuracy on validation data by learning rate, when the rate was chosen.
+        validated: accuracy on validation data of the finished run of the first seed.
+        predictions: by name (``test`` and the probes) and field ``[seeds, examples]``: the task's predictions, and
+            ``index``, the examples' places in their source.
+        seconds_per_step: mean of the chosen runs.
+        step_bytes: arguments and temporaries of the compiled step, by the compiler's account.
+        adapter_bytes: size on disk of the first chosen run's trained parameters.
+    """
+
+    variant: Variant
+    table: ResolvedTable
+    learning_rate: float
+    validation: dict[float, float]
+    validated: float
+    predictions: dict[str, dict[str, np.ndarray]]
+    seconds_per_step: float
+    step_bytes: int
+    adapter_bytes: int
