@@ -25,9 +25,15 @@ from vla_jax.training.sharding import MeshConfig, make_mesh
 from vla_jax.variants import Budget, TaskData, Variant
 
 BUDGET = Budget(
-    steps=6, batch_size=8, seeds=(0, 1), optimizer=OptimizerConfig(warmup_steps=1), checkpoint_every=2, log_every=1
+    steps=6,
+    selection_share=0.5,
+    batch_size=8,
+    seeds=(0, 1),
+    optimizer=OptimizerConfig(warmup_steps=1),
+    checkpoint_every=2,
+    log_every=1,
 )
-LINEAR = Variant("linear", "linear head alone", rules="linear_probe", learning_rates=(1e-3, 1.0))
+LINEAR = Variant("linear", "linear head alone", rules="linear_probe", learning_rates=(0.0, 0.03))
 FUSED = Variant("fused", "fused", placements=(Placement(Fusion(rank=4, heads=2), layers="last 1"),))
 SIZES = {"train": 40, "validation": 21, "test": 19}
 
@@ -44,7 +50,7 @@ def _source(count: int, seed: int) -> ArraySource:
     """Rows whose label says whether the picture is bright, which a linear head finds out."""
     rows = batch(count, seed)
     del rows["valid"]
-    rows["image"] = rows["image"] + np.where(rows["label"], 1.0, -1.0)[:, None, None, None].astype(np.float32)
+    rows["image"] = rows["image"] + np.where(rows["label"], 3.0, -3.0)[:, None, None, None].astype(np.float32)
     return ArraySource(rows)
 
 
@@ -85,11 +91,12 @@ def _run(folder, rate, seed):
 
 def test_the_rate_with_the_best_validation_accuracy_is_kept_and_only_that_has_further_seeds(folder, outcome):
     found = {
-        rate: json.loads((_run(folder, rate, 0) / "result.json").read_text())["validation"]
+        rate: json.loads((_run(folder, rate, 0) / "result_3.json").read_text())["validation"]
         for rate in LINEAR.learning_rates
     }
     assert outcome.validation == found
     assert outcome.learning_rate == max(found, key=found.get)
+    assert len(set(found.values())) == 2
     for rate in LINEAR.learning_rates:
         assert _run(folder, rate, 1).exists() == (rate == outcome.learning_rate)
 
@@ -126,13 +133,15 @@ def test_an_outcome_says_what_was_trained_and_what_it_cost(folder, outcome):
     saved = _run(folder, outcome.learning_rate, 0) / "adapters"
     assert outcome.adapter_bytes == sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
     records = read_records(_run(folder, outcome.learning_rate, 0) / "metrics.jsonl")
-    assert [record["step"] for record in records] == list(range(1, 7))
+    assert [record["step"] for record in records] == list(range(1, 7))  # chosen after three, it went on
     assert not list(folder.rglob("checkpoints"))  # they served to go on from
+    (rejected,) = set(LINEAR.learning_rates) - {outcome.learning_rate}
+    assert [record["step"] for record in read_records(_run(folder, rejected, 0) / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_a_finished_variant_is_read(folder, outcome, no_training):
     again = _comparison(folder).run(LINEAR)
-    assert again.validation == outcome.validation
+    assert (again.validation, again.validated) == (outcome.validation, outcome.validated)
     assert (again.learning_rate, again.adapter_bytes) == (outcome.learning_rate, outcome.adapter_bytes)
     for name, fields in outcome.predictions.items():
         for field, array in fields.items():
@@ -158,16 +167,16 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(tmp_path
     variant = dataclasses.replace(FUSED, learning_rates=(1e-2,))
     whole = _comparison(tmp_path / "whole", budget=budget).run(variant)
 
-    fit, starts = module.fit, []
+    fit, taken = module.fit, []
 
     class Killed(BaseException):
         """Stands for a process that dies: no handler runs."""
 
     def dies(state, frozen, step, batches, steps, **arguments):
         def counting(*given):
-            if len(starts) == 5:
+            if len(taken) == 5:
                 raise Killed
-            starts.append(0)
+            taken.append(0)
             return step(*given)
 
         return fit(state, frozen, counting, batches, steps, **arguments)
@@ -176,7 +185,18 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(tmp_path
     with pytest.raises(Killed):
         _comparison(tmp_path / "cut", budget=budget).run(variant)
     monkeypatch.setattr(module, "fit", fit)
+    # And once more when all steps are taken, but the result is not written.
+    measure = module._VariantRun._measure
+
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._VariantRun, "_measure", stops)
+    with pytest.raises(KeyboardInterrupt):
+        _comparison(tmp_path / "cut", budget=budget).run(variant)
+    monkeypatch.setattr(module._VariantRun, "_measure", measure)
     resumed = _comparison(tmp_path / "cut", budget=budget).run(variant)
+    assert resumed.seconds_per_step > 0
     records = [
         [(r["step"], r["train/loss"]) for r in read_records(next((tmp_path / name).rglob("metrics.jsonl")))]
         for name in ("whole", "cut")
@@ -224,3 +244,5 @@ def test_settings_that_make_no_comparison_are_refused():
         Budget(seeds=(0, 1, 0))
     with pytest.raises(UserError, match="at least 1"):
         Budget(steps=0)
+    with pytest.raises(UserError, match=r"selection_share .* got 0"):
+        Budget(selection_share=0)

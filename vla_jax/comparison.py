@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ from vla_jax.model import MODALITIES, AdaptedModel
 from vla_jax.reporting.table import write_atomically
 from vla_jax.training.checkpoint import Checkpointer, load_adapters, save_adapters
 from vla_jax.training.checkpoint_metadata import Identity
-from vla_jax.training.metrics import JsonLines, TensorBoard
+from vla_jax.training.metrics import JsonLines, TensorBoard, read_records
 from vla_jax.training.optimizer import make_optimizer
 from vla_jax.training.presets import preset
 from vla_jax.training.sharding import batch_sharding, place, replicated
@@ -128,6 +129,8 @@ class _VariantRun:
         validation = {rate: self._run(rate, seeds[0], look)["validation"] for rate in rates}
         best = max(validation, key=validation.get)
         results = [self._run(best, seed, self.budget.steps) for seed in seeds]
+        for rate in rates:  # those that were not chosen do not go on
+            shutil.rmtree(self._folder(rate, seeds[0]) / "checkpoints", ignore_errors=True)
         return Outcome(
             variant=self.variant,
             table=self.table,
@@ -175,7 +178,7 @@ class _VariantRun:
             batches.close()
         result = {
             "validation": float(self._measure(fitted.state.trainable, "validation")["correct"].mean()),
-            "seconds_per_step": fitted.seconds_per_step or fitted.first_step_seconds,
+            "seconds_per_step": fitted.seconds_per_step or _logged_seconds(folder / "metrics.jsonl"),
             "step_bytes": step_bytes,
         }
         if steps == self.budget.steps:
@@ -185,7 +188,7 @@ class _VariantRun:
         write_atomically(finished, json.dumps(result, indent=1))
         if steps == self.budget.steps:
             # The checkpoints served to go on from; the adapters alone are kept.
-            shutil.rmtree(folder / "checkpoints")
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return result
 
     def _check_settings(self, path: Path) -> None:
@@ -195,6 +198,7 @@ class _VariantRun:
             "backbone": self.identity.fingerprint,
             "model": self.identity.adapters,
             "steps": budget.steps,
+            "selection_steps": budget.selection_steps,
             "batch_size": budget.batch_size,
             "optimizer": dataclasses.asdict(dataclasses.replace(budget.optimizer, learning_rate=0.0)),
             "dtype": self.comparison.compute.dtype,
@@ -205,8 +209,8 @@ class _VariantRun:
             write_atomically(path, json.dumps(settings, indent=1))
             return
         stored = json.loads(path.read_text())
-        if changed := [name for name, value in settings.items() if stored.get(name) != value]:
-            shown = "; ".join(f"{name} was {stored.get(name)} and is now {settings[name]}" for name in changed)
+        if changed := [name for name, value in settings.items() if stored.get(name, value) != value]:
+            shown = "; ".join(f"{name} was {stored[name]} and is now {settings[name]}" for name in changed)
             raise UserError(
                 f"the run in {path.parent} had other settings: {shown}. Choose another --workdir, the old settings, or "
                 "delete that folder"
@@ -239,7 +243,7 @@ class _VariantRun:
             sources, transform = self._sources
             source = sources[name]
         pipeline = Pipeline(source, transform, self.budget.batch_size, training=False)
-        keep = ("position",) if isinstance(source, ArraySource) else ()
+        keep = ("position",) if "position" in getattr(source, "arrays", ()) else ()  # computed streams know theirs
         program = self._evaluation_program
         found = evaluate(pipeline, lambda b: program(trainable, self._frozen, b), self.shardings.batch, keep=keep)
         found["index"] = found.pop("position", found["index"])
@@ -276,3 +280,11 @@ class _VariantRun:
         return self._compiled
 
     _compiled: tuple[Step, int] | None = None
+
+
+def _logged_seconds(path: Path) -> float:
+    """The last logged time of a step: of a run that was stopped after its last step, or whose only step was timed."""
+    for record in reversed(read_records(path)):
+        if seconds := record.get("seconds_per_step", record.get("first_step_seconds")):
+            return seconds
+    return math.nan

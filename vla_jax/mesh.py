@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -20,9 +22,10 @@ def keep_batch_cut(x: jax.Array) -> jax.Array:
         x: [batch, ...].
 
     Returns:
-        The same values. Where no mesh with these axes is set (:func:`jax.set_mesh`), the array itself.
+        The same values. Where no mesh with these axes is set (:func:`jax.set_mesh`), or where they do not divide the
+        batch, the array itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(BATCH_AXES) <= set(mesh.axis_names):
+    if not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))

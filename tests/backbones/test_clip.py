@@ -27,10 +27,10 @@ CONFIG = CLIPConfig(
     projection=10,
     eos_token_id=39,
 )
-DEPTHS = {"vision": 3, "text": 2}
+PLAIN = Compute()
 EMPTY = place((), CONFIG.towers)
 LAST = place(Placement(Bottleneck(rank=3), slots=("mlp_out",), layers="-1"), CONFIG.towers)
-FUSED = place(Placement(Fusion(rank=4, heads=2), pairs=((1, 0), (2, 1))), CONFIG.towers)
+FUSED = place(Placement(Fusion(rank=4, heads=2), pairs=((1, 0),)), CONFIG.towers)
 EMBED = place(Placement(Bottleneck(rank=3), slots=("embed",)), CONFIG.towers)
 
 
@@ -77,7 +77,7 @@ def batch():
 
 
 @functools.cache
-def program(plan=None, cut=None, compute=Compute(), hidden=False):
+def program(plan=None, cut=None, compute=PLAIN, hidden=False):
     """``run(params, adapters, images, tokens, mask)``, whole or in two parts cut after these blocks."""
     clip = CLIP(CONFIG, compute)
 
@@ -94,13 +94,18 @@ def program(plan=None, cut=None, compute=Compute(), hidden=False):
     return run
 
 
-def outputs(plan=None, **settings):
-    return program(plan, **settings)(backbone(), None if plan is None else adapters(plan), *batch())
+def outputs(plan=None, images_alone=False, **settings):
+    arrays = (batch()[0], None, None) if images_alone else batch()
+    return program(plan, **settings)(backbone(), None if plan is None else adapters(plan), *arrays)
 
 
 def assert_close(ours, theirs, tolerance=2e-6):
     for name in ("image_features", "text_features", "image_tokens", "text_tokens", "image_pooled", "text_pooled"):
-        mine, reference = (np.asarray(getattr(out, name), np.float32) for out in (ours, theirs))
+        mine, reference = (getattr(out, name) for out in (ours, theirs))
+        if reference is None:
+            assert mine is None
+            continue
+        mine, reference = np.asarray(mine, np.float32), np.asarray(reference, np.float32)
         assert np.linalg.norm(mine - reference) <= tolerance * np.linalg.norm(reference), name
 
 
@@ -117,7 +122,7 @@ def abstractly(plan=None, *arrays, **settings):
 # Nothing in the slots
 
 
-def plain_forward(params, images, tokens, mask):
+def plain_forward(params, images, tokens, mask, *, config):
     """CLIP written straight down, block after block, without slots, segments or scans."""
 
     def norm(weights, x):
@@ -126,54 +131,57 @@ def plain_forward(params, images, tokens, mask):
     def linear(weights, x):
         return nn.Dense(weights["kernel"].shape[-1], use_bias="bias" in weights).apply({"params": weights}, x)
 
-    def run(tower, config, stream, bias):
+    def run(tower, shape, stream, bias):
         batch_size, length, width = stream.shape
-        for layer in range(config.depth):
+        for layer in range(shape.depth):
             block = jax.tree.map(lambda a, layer=layer: a[layer], tower["blocks"])
             attention = block["attn"]
             x = norm(block["norm1"], stream)
-            split = (batch_size, length, config.heads, width // config.heads)
+            split = (batch_size, length, shape.heads, width // shape.heads)
             query, key, value = (linear(attention[n], x).reshape(split).swapaxes(1, 2) for n in "qkv")
-            scores = query * (width // config.heads) ** -0.5 @ key.swapaxes(2, 3)
+            scores = query * (width // shape.heads) ** -0.5 @ key.swapaxes(2, 3)
             scores = scores if bias is None else scores + bias
             mixed = (jax.nn.softmax(scores) @ value).swapaxes(1, 2).reshape(stream.shape)
             stream = stream + linear(attention["out"], mixed)
             hidden = linear(block["mlp"]["fc1"], norm(block["norm2"], stream))
-            quick_gelu = config.activation == "quick_gelu"
+            quick_gelu = shape.activation == "quick_gelu"
             hidden = hidden * jax.nn.sigmoid(1.702 * hidden) if quick_gelu else jax.nn.gelu(hidden, approximate=False)
             stream = stream + linear(block["mlp"]["fc2"], hidden)
         return stream
 
-    vision, text, patch = params["vision"], params["text"], CONFIG.patch_size
-    patches = images.reshape(len(images), CONFIG.grid, patch, CONFIG.grid, patch, 3).swapaxes(2, 3)
-    patches = patches.reshape(len(images), CONFIG.grid**2, -1)
-    patches = patches @ vision["patch_embedding"]["kernel"].reshape(-1, CONFIG.vision.width)
-    first = jnp.broadcast_to(vision["class_embedding"], (len(images), 1, CONFIG.vision.width))
+    vision, text, patch = params["vision"], params["text"], config.patch_size
+    patches = images.reshape(len(images), config.grid, patch, config.grid, patch, 3).swapaxes(2, 3)
+    patches = patches.reshape(len(images), config.grid**2, -1)
+    patches = patches @ vision["patch_embedding"]["kernel"].reshape(-1, config.vision.width)
+    first = jnp.broadcast_to(vision["class_embedding"], (len(images), 1, config.vision.width))
     stream = jnp.concatenate([first, patches], 1) + vision["position_embedding"]
-    image = run(vision, CONFIG.vision, norm(vision["pre_norm"], stream), None)
+    image = run(vision, config.vision, norm(vision["pre_norm"], stream), None)
 
     length = tokens.shape[1]
     seen = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
     stream = jnp.take(text["token_embedding"], tokens, axis=0) + text["position_embedding"][:length]
-    words = run(text, CONFIG.text, stream, jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min))
+    words = run(text, config.text, stream, jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min))
     words = norm(text["post_norm"], words)
-    last = jnp.argmax(tokens == CONFIG.eos_token_id, axis=-1)
+    last = jnp.argmax(tokens == config.eos_token_id, axis=-1)
     pooled = jnp.take_along_axis(words, last[:, None, None], axis=1)[:, 0]
     return linear(vision["projection"], norm(vision["post_norm"], image[:, 0])), linear(text["projection"], pooled)
 
 
 def test_without_adapters_the_compiled_program_is_the_plain_models():
-    unrolled = CLIP(CONFIG, Compute(unroll=3))
+    shallow = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, depth=2))
+    params = drawn(abstract_params(shallow), 0)
+    unrolled, empty_plan = CLIP(shallow, Compute(unroll=2)), place((), shallow.towers)
 
     def ours(plan, params, images, tokens, mask):
         bound = None if plan is None else plan.bind({})
         out = unrolled.apply({"params": params}, images, tokens, mask, adapters=bound)
         return out.image_features, out.text_features
 
-    arguments = (backbone(), *batch())
-    without, empty = (jax.jit(functools.partial(ours, plan)).lower(*arguments) for plan in (None, EMPTY))
+    arguments = (params, *batch())
+    without, empty = (jax.jit(functools.partial(ours, plan)).lower(*arguments) for plan in (None, empty_plan))
     assert without.as_text() == empty.as_text()
-    ours_compiled, plain_compiled = without.compile(), jax.jit(plain_forward).lower(*arguments).compile()
+    plain = jax.jit(functools.partial(plain_forward, config=shallow))
+    ours_compiled, plain_compiled = without.compile(), plain.lower(*arguments).compile()
     ours_cost, plain_cost = ours_compiled.cost_analysis(), plain_compiled.cost_analysis()
     assert plain_cost["flops"] > 1e5
     assert ours_cost["flops"] == plain_cost["flops"]
@@ -191,12 +199,11 @@ def test_an_empty_plan_gives_the_plain_outputs_bit_for_bit():
 @quick
 def test_one_modality_gives_its_part_and_batches_may_differ():
     images, tokens, mask = batch()
-    whole = outputs()
-    image = program()(backbone(), None, images[:3], None, None)
+    whole, image = outputs(), outputs(images_alone=True)
     text = program()(backbone(), None, None, tokens[1:], mask[1:])
     assert image.text_features is image.text_tokens is text.image_features is text.image_pooled is None
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    close(image.image_features, whole.image_features[:3])
+    close(image.image_features, whole.image_features)
     close(text.text_features, whole.text_features[1:])
     shapes = abstractly(None, images, tokens[1:], mask[1:])
     assert (shapes.image_features.shape, shapes.text_features.shape) == ((4, 10), (3, 10))
@@ -217,31 +224,29 @@ def test_logits_are_scaled_cosines():
 
 @quick
 @pytest.mark.parametrize(
-    ("plan", "cut"),
+    ("plan", "cut", "images_alone"),
     [
-        (None, (0, 0)),
-        (None, (1, 2)),
-        (None, (3, 1)),
-        (LAST, (2, 1)),
-        (LAST, (1, 0)),
-        (FUSED, (2, 1)),  # the first joint stands right at the cut
-        (FUSED, (1, 0)),
-        (EMBED, (0, 0)),
+        (None, (1, 2), False),
+        (None, (3, 0), False),
+        (FUSED, (2, 1), False),  # the joint stands right at the cut
+        (LAST, (1, 0), True),
+        (EMBED, (0, 0), True),
     ],
-    ids=["start", "inside", "end", "adapters_at", "adapters_behind", "joint_at", "joint_behind", "embeddings"],
+    ids=["inside", "ends", "joint_at", "adapters_behind", "embeddings"],
 )
-def test_prefix_and_what_comes_after_are_the_whole(plan, cut):
-    whole = outputs(plan)
-    assert_close(outputs(plan, cut=cut), whole)
+def test_prefix_and_what_comes_after_are_the_whole(plan, cut, images_alone):
+    whole = outputs(plan, images_alone)
+    assert_close(outputs(plan, images_alone, cut=cut), whole)
     if plan is not None:
-        assert np.linalg.norm(whole.image_features - outputs().image_features) > 0.01
+        assert np.linalg.norm(whole.image_features - outputs(None, images_alone).image_features) > 0.01
 
 
 def prefix_of(image_layers: int, text_layers: int):
     images, tokens, mask = batch()
     layers = {"image_layers": image_layers, "text_layers": text_layers}
+    clip = CLIP(CONFIG)
     return jax.eval_shape(
-        lambda p: CLIP(CONFIG).apply({"params": p}, images, tokens, mask, **layers, method="prefix"), backbone()
+        lambda params: clip.apply({"params": params}, images, tokens, mask, **layers, method="prefix"), backbone()
     )
 
 
@@ -249,9 +254,9 @@ def prefix_of(image_layers: int, text_layers: int):
     ("plan", "cut", "tower"),
     [
         (LAST, (3, 1), "vision"),
-        (LAST, (2, 2), "text"),
+        (LAST, (1, 2), "text"),
         (FUSED, (3, 1), "vision"),
-        (FUSED, (2, 2), "text"),
+        (FUSED, (1, 2), "text"),
         (EMBED, (1, 0), "vision"),
         (EMBED, (0, 1), "text"),
     ],
@@ -259,9 +264,7 @@ def prefix_of(image_layers: int, text_layers: int):
 def test_a_prefix_that_has_passed_an_adapter_is_refused(plan, cut, tower):
     _, tokens, mask = batch()
     after = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), prefix_of(*cut))
-    with pytest.raises(
-        UserError, match=f"passed {max(cut)} blocks of the {tower} tower|passed .* of the {tower} tower"
-    ):
+    with pytest.raises(UserError, match=f"passed {max(cut)} blocks of the {tower} tower"):
         abstractly(plan, None, tokens, mask, after=after)
 
 
@@ -317,17 +320,6 @@ def test_hidden_states_are_the_embeddings_and_every_blocks_output():
     close(out.image_hidden[0], norm(patches + vision["position_embedding"], vision["pre_norm"]))
 
 
-@quick
-def test_hidden_states_of_a_cut_tower_are_those_of_the_whole():
-    # One segment a block: an adapter that is the identity in every second block.
-    plan = place(Placement(LoRA(rank=1), slots=("attn_q",), towers=("vision",), layers="1"), CONFIG.towers)
-    zero = jax.tree.map(np.zeros_like, adapters(plan))
-    cut = program(plan, hidden=True)(backbone(), zero, *batch())
-    whole = outputs(hidden=True)
-    for mine, reference in ((cut.image_hidden, whole.image_hidden), (cut.text_hidden, whole.text_hidden)):
-        np.testing.assert_allclose(mine, reference, rtol=1e-5, atol=1e-5)
-
-
 def test_hidden_states_are_not_kept_unless_asked_for():
     out = abstractly(None, *batch())
     assert out.image_hidden is out.text_hidden is None
@@ -346,20 +338,16 @@ def test_padding_on_the_right_does_not_matter_to_the_pooled_feature():
     assert not np.allclose(program()(backbone(), None, images, tokens, hidden).text_features, masked.text_features)
 
 
-def test_words_after_a_token_do_not_reach_it():
-    gradient = jax.jacobian(
-        lambda positions: (
-            CLIP(CONFIG)
-            .apply(
-                {"params": backbone() | {"text": backbone()["text"] | {"position_embedding": positions}}},
-                None,
-                batch()[1][1:2],
-            )
-            .text_tokens[0, :, 0]
-        )
-    )(jnp.asarray(backbone()["text"]["position_embedding"]))
-    reached = np.abs(gradient).max(-1)[:, :6] > 0  # [token, position]
-    np.testing.assert_array_equal(reached, np.tril(np.ones((6, 6), bool)))
+@quick
+def test_a_word_reaches_itself_and_what_comes_after_it():
+    images, tokens, mask = batch()
+    run = lambda tokens: np.asarray(program()(backbone(), None, images, tokens, np.ones_like(mask)).text_tokens)  # noqa: E731
+    before = run(tokens)
+    for place_ in range(tokens.shape[1]):
+        changed = tokens.copy()
+        changed[:, place_] = (tokens[:, place_] + 1) % 40
+        differs = (run(changed) != before).any(-1)  # [texts, tokens]
+        np.testing.assert_array_equal(differs, np.broadcast_to(np.arange(6) >= place_, differs.shape))
 
 
 @pytest.mark.parametrize(
@@ -378,29 +366,29 @@ def test_pooled_position_by_hand(pooling, eos, expected):
 @quick
 def test_recomputation_changes_the_work_and_not_the_gradients():
     def loss(params, remat):
-        out = CLIP(CONFIG, Compute(remat=remat)).apply(
-            {"params": params}, *batch(), adapters=FUSED.bind(adapters(FUSED))
-        )
-        return jnp.sum(out.image_features**2) + jnp.sum(out.text_features**3)
+        clip = CLIP(CONFIG, Compute(remat=remat))
+        out = clip.apply({"params": backbone() | {"text": params}}, None, *batch()[1:])
+        return jnp.sum(out.text_features**2)
 
+    params = backbone()["text"]
     gradients, products = {}, {}
     for remat in ("none", "dots", "full"):
         gradient = jax.jit(jax.grad(functools.partial(loss, remat=remat)))
-        products[remat] = str(gradient.trace(backbone()).jaxpr).count("dot_general")
-        gradients[remat] = names.flatten(gradient(backbone()))
+        products[remat] = str(gradient.trace(params).jaxpr).count("dot_general")
+        gradients[remat] = names.flatten(gradient(params))
     # The attention's two products of activations are redone for "dots", and the weight products too for "full".
     assert products["none"] < products["dots"] < products["full"]
+    largest = max(map(np.linalg.norm, gradients["none"].values()))
     for remat in ("dots", "full"):
         for name, reference in gradients["none"].items():
-            # Rounding of the whole tree's gradient, since some leaves (the keys' biases) have a gradient of zero.
+            # Against the largest leaf's too, since the keys' biases have a gradient of zero but for rounding.
             error = np.linalg.norm(gradients[remat][name] - reference)
-            assert error <= 1e-5 * max(np.linalg.norm(reference), 1.0), (remat, name)
+            assert error <= 1e-6 * max(np.linalg.norm(reference), largest), (remat, name)
 
 
 @quick
-@pytest.mark.parametrize("plan", [None, FUSED], ids=["plain", "fused"])
-def test_half_precision_differs_by_its_roundings(plan):
-    half, full = outputs(plan, compute=Compute(dtype="bfloat16")), outputs(plan)
+def test_half_precision_differs_by_its_roundings():
+    half, full = outputs(FUSED, compute=Compute(dtype="bfloat16")), outputs(FUSED)
     assert {half.image_tokens.dtype, half.text_features.dtype} == {jnp.dtype("bfloat16")}
     assert half.logits.dtype == jnp.float32
     # Each block rounds about ten times to 8 bits, each way independently: errors add up as a root.

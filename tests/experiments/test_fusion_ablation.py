@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from experiments.fusion_ablation import FUSED, PRESETS, VARIANTS, Config, check, run, variants
+from experiments.fusion_ablation import FUSED, PLACED, PRESETS, VARIANTS, Config, check, run, variants
 from vla_jax import comparison, names
 from vla_jax.adapters import Fusion
 from vla_jax.backbones.clip import CLIPConfig
@@ -128,7 +128,7 @@ def test_a_small_ablation_ends_in_table_figures_and_the_same_rows_again(config, 
 
 def test_every_variant_is_what_it_is_called(config, folder):
     found = {v.name: v for v in variants(dataclasses.replace(config, variants=()), load_backbone(str(folder)))}
-    assert list(found) == [name for name in VARIANTS if not name.startswith("best_")]
+    assert list(found) == [name for name in VARIANTS if name not in PLACED]
     for name in FUSED:
         (placement,) = found[name].placements
         assert placement.method == Fusion(rank=4, heads=2, mix=name)
@@ -171,7 +171,8 @@ def test_what_cannot_be_run_is_refused_before_anything_is_computed(config, chang
     [
         ({"tasks": ("statement",)}, "unknown task 'statement'; did you mean 'statements'"),
         ({"variants": ("gates",)}, "unknown variant 'gates'; did you mean 'gate'"),
-        ({"variants": ("best_early",)}, "ask for one of those too"),
+        ({"variants": ("best_early",)}, "put one of those before it"),
+        ({"variants": ("best_late", "gate")}, "put one of those before it"),
         ({"test": 0}, "at least 1"),
         ({"tasks": ()}, "at least one task"),
     ],

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.transformer import Compute, init_blocks, layer_norm, run_blocks
 from vla_jax.errors import UserError
-from vla_jax.slots import Adapters, Occupancy, Segment, between, vacant
+from vla_jax.slots import Adapters, Occupancy, Segment, between, empty_slot, vacant
 
 
 @flax.struct.dataclass
@@ -226,7 +226,7 @@ class CLIP(nn.Module):
         depths = {"vision": self.config.vision.depth, "text": self.config.text.depth}
         occupancy = vacant(depths) if adapters is None else adapters.occupy(route, key)
         if after is None:
-            after = self._start(images, tokens, occupancy)
+            after = self._start(images, tokens)
         image, text, hidden = self._run(after, depths, tokens, text_mask, occupancy, hidden_states)
         image_pooled = image_features = text_pooled = text_features = None
         if image is not None:
@@ -254,21 +254,24 @@ class CLIP(nn.Module):
         image_layers: int,
         text_layers: int,
     ) -> Prefix:
-        """Both streams after the first blocks of the plain backbone, to be gone on from by ``__call__(after=...)``."""
+        """Both streams after the first blocks of the plain backbone, to be gone on from by ``__call__(after=...)``.
+
+        Raises:
+            UserError: for more blocks than a tower has.
+        """
+        asked = {"image_layers": (image_layers, self.config.vision), "text_layers": (text_layers, self.config.text)}
+        for name, (layers, tower) in asked.items():
+            if not 0 <= layers <= tower.depth:
+                raise UserError(f"{name} {layers} is outside 0 to {tower.depth}, the blocks that tower has")
         depths = {"vision": image_layers, "text": text_layers}
         plain = vacant(depths)
-        image, text, _ = self._run(self._start(images, tokens, plain), depths, tokens, text_mask, plain, False)
+        image, text, _ = self._run(self._start(images, tokens), depths, tokens, text_mask, plain, False)
         return Prefix(image, text, image_layers, text_layers)
 
-    def _start(self, images: jax.Array | None, tokens: jax.Array | None, occupancy: Occupancy) -> Prefix:
-        """Both streams before their first block."""
-        image = text = None
-        if images is not None:
-            image = self.vision.embed(images)
-            image = occupancy.embed["vision"]("embed", image, image)
-        if tokens is not None:
-            text = self.text.embed(tokens)
-            text = occupancy.embed["text"]("embed", text, text)
+    def _start(self, images: jax.Array | None, tokens: jax.Array | None) -> Prefix:
+        """Both embeddings, as they come to the slot before the first block."""
+        image = None if images is None else self.vision.embed(images)
+        text = None if tokens is None else self.text.embed(tokens)
         return Prefix(image, text, 0, 0)
 
     def _run(
@@ -289,6 +292,10 @@ class CLIP(nn.Module):
                 "fusion adapters join the two towers and need images and tokens together; "
                 f"got {'no images' if image is None else 'no tokens'}"
             )
+        if image is not None and at["vision"] == 0:
+            image = occupancy.embed["vision"]("embed", image, image)
+        if text is not None and at["text"] == 0:
+            text = occupancy.embed["text"]("embed", text, text)
         hidden = {"vision": [image[None]] if hidden_states and image is not None else [], "text": []}
         if hidden_states and text is not None:
             hidden["text"].append(text[None])
@@ -318,8 +325,9 @@ def _check_passed(at: dict[str, int], occupancy: Occupancy) -> None:
     """Refuses to leave out adapters that sit in blocks which a given prefix has passed already."""
     for tower, layers in at.items():
         passed = between(occupancy.segments[tower], 0, layers)
+        embedded = layers > 0 and occupancy.embed[tower] is not empty_slot
         joined = [joint for joint in occupancy.joints if getattr(joint, f"{tower}_layer") + 1 < layers]
-        if joined or any(jax.tree.leaves(segment.tree) for segment in passed):
+        if embedded or joined or any(jax.tree.leaves(segment.tree) for segment in passed):
             raise UserError(
                 f"the given prefix passed {layers} blocks of the {tower} tower without the adapters that sit there; "
                 "compute a prefix that ends before the first adapter"

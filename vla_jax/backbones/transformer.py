@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.errors import UserError, unknown
+from vla_jax.mesh import keep_batch_cut
 from vla_jax.slots import Segment, Slot, TowerShape, empty_slot
 
 Activation = Literal["quick_gelu", "gelu"]
@@ -204,7 +205,7 @@ def run_blocks(
 
         def step(stream: jax.Array, layer: tuple[Any, Any], fill=segment.fill) -> tuple[jax.Array, jax.Array | None]:
             weights, occupants = layer
-            stream = block.apply({"params": weights}, stream, bias, fill(occupants))
+            stream = block.apply({"params": weights}, keep_batch_cut(stream), bias, fill(occupants))
             return stream, stream if hidden else None
 
         if compute.remat != "none":
