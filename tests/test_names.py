@@ -47,6 +47,13 @@ def test_split_sends_every_leaf_to_one_side():
     assert rest == {"b": {"x": {"kernel": 1}, "y": 3}}
 
 
+def test_a_name_above_another_is_refused_in_either_order():
+    with pytest.raises(UserError, match="above another"):
+        unflatten({"a/b": 1, "a": 2})
+    with pytest.raises(UserError, match="above another"):
+        merge({"a": {"b": 1}}, {"a": 2})
+
+
 @pytest.mark.parametrize("keep", [lambda _: True, lambda _: False, lambda name: "x" in name])
 def test_merge_undoes_split(keep):
     assert merge(*split(TREE, keep)) == TREE

@@ -91,23 +91,25 @@ class Comparison:
         if at not in self._streams:
             # Streams are large, and variants that need the same ones usually stand together: the last ones are kept.
             self._streams.clear()
-            self._streams[at] = {split: self._computed(model, split) for split in self.data.splits}
+            self._streams[at] = self._computed(model)
         return self._streams[at], as_rows
 
-    def _computed(self, model: AdaptedModel, split: str) -> ArraySource:
+    def _computed(self, model: AdaptedModel) -> dict[str, ArraySource]:
+        """Every split's streams where the model's first adapter meets them."""
         program = jax.jit(lambda backbone, batch: model.prefix({"backbone": backbone}, batch))
-        pipeline = Pipeline(self.data.splits[split], self.data.transform, self.budget.batch_size, training=False)
-        keep = ("tokens", "text_mask", "label", "route")
         params = place(self.backbone.params, replicated(self.mesh))
-        rows = evaluate(
-            pipeline,
-            lambda batch: program(params, batch),
-            batch_sharding(self.mesh),
-            keep=keep,
-            description=f"frozen part of {split}",
-        )
-        rows["position"] = rows.pop("index")
-        return ArraySource(rows)
+        streams = {}
+        for split, source in self.data.splits.items():
+            rows = evaluate(
+                Pipeline(source, self.data.transform, self.budget.batch_size, training=False),
+                lambda batch: program(params, batch),
+                batch_sharding(self.mesh),
+                keep=("tokens", "text_mask", "label", "route"),
+                description=f"frozen part of {split}",
+            )
+            rows["position"] = rows.pop("index")
+            streams[split] = ArraySource(rows)
+        return streams
 
 
 class _VariantRun:

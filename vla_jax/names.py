@@ -34,6 +34,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise UserError(f"parameter {name!r} lies below another parameter's name")
+        if isinstance(node.get(last), dict):
+            raise UserError(f"parameter {name!r} stands above another parameter's name")
         node[last] = leaf
     return tree
 

@@ -364,6 +364,7 @@ def test_pooled_position_by_hand(pooling, eos, expected):
 
 
 @quick
+@pytest.mark.slow
 def test_recomputation_changes_the_work_and_not_the_gradients():
     def loss(params, remat):
         clip = CLIP(CONFIG, Compute(remat=remat))

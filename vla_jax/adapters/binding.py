@@ -102,6 +102,8 @@ def apply(
     result = jax.vmap(call, in_axes=axes)(params, keys, *arrays)
     if route is None:
         return result
+    if jax.tree.map(jnp.shape, result) != jax.tree.map(jnp.shape, outputs):
+        raise UserError("an adapter that adds tokens cannot be routed: the examples it is off for lack them")
     on = lambda a: (route >= 0).reshape((-1,) + (1,) * (a.ndim - 1))  # noqa: E731
     return jax.tree.map(lambda new, old: jnp.where(on(new), new, old), result, outputs)
 

@@ -98,6 +98,8 @@ class Placement:
         for name in fields:
             if name not in allowed:
                 raise unknown("field of a placement", name, allowed)
+        if "method" not in fields:
+            raise UserError(f"the description of a placement has no method; it has {', '.join(fields) or 'nothing'}")
         fields["method"] = method_from_description(fields["method"])
         for name in ("towers", "slots", "tasks"):
             fields[name] = tuple(fields.get(name, getattr(cls, name, ())))

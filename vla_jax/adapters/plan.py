@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.adapters.base import Method
+from vla_jax.adapters.base import Method, Sized
 from vla_jax.adapters.binding import BoundAdapters
 from vla_jax.adapters.layers import layers
 from vla_jax.adapters.placement import Placement
@@ -161,8 +161,8 @@ def _groups(placement: Placement, towers: Mapping[str, TowerShape]) -> list[Grou
                 by_method.setdefault(method, []).append(column)
             for method, members in by_method.items():
                 # One stack holds one shape; where ranks differ, each has a stack, named by its rank.
-                part = () if len(by_method) == 1 else (f"rank_{method.rank}",)
                 widths = _widths(placement, names, slot, towers)
+                part = () if len(by_method) == 1 else (f"rank_{_rank(method, widths)}",)
                 method.parameter_count(*widths)  # refuses a rank that does not fit, before anything is computed
                 path = (placement.name, branch, slot, *part)
                 groups.append(
@@ -212,6 +212,11 @@ def _pairs(placement: Placement, towers: Mapping[str, TowerShape]) -> tuple[tupl
         pairs = [spread[k] for k in layers(placement.layers, count, "the joined towers")]
     columns = dict(zip(("vision", "text"), zip(*pairs, strict=True), strict=True))
     return tuple(columns[tower] for tower in ("vision", "text"))
+
+
+def _rank(method: Method, widths: tuple[int, int]) -> int:
+    """The rank that a method has at a slot of these widths."""
+    return method.rank_for(min(widths) if method.joint else widths[1]) if isinstance(method, Sized) else method.rank
 
 
 def _widths(
