@@ -155,7 +155,7 @@ def test_the_dry_run_counts_what_each_variant_trains(config):
         ({"text_length": 25}, "text_length 25 is longer than the backbone's context of 24"),
         ({"budget": Budget(batch_size=12)}, "batch size 12 cannot be cut into 8 equal parts"),
         ({"mesh": MeshConfig(tensor=3)}, "does not fit 8 devices"),
-        ({"heads": 3}, "3"),
+        ({"heads": 3, "variants": ("attention",)}, "3 heads|heads 3"),
         ({"backbone": "no such folder"}, "no backbone 'no such folder'"),
     ],
 )

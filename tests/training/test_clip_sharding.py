@@ -152,6 +152,18 @@ def test_data_parallel_of_matching_sums_the_trained_bytes_and_two_scalars():
     assert set(found.values()) == {0}
 
 
+def test_fsdp_gathers_weights_and_sums_nothing_that_data_parallel_does_not():
+    """Forward and backward gather a layer's kernels once each; no activation is summed."""
+    fsdp, data = (collective_bytes(run(mesh).setting.step.program) for mesh in ("fsdp 8", "data 8"))
+    frozen = names.flatten(run("fsdp 8").setting.frozen)
+    cut = {name: leaf.nbytes for name, leaf in frozen.items() if not leaf.is_fully_replicated}
+    kernels = sum(size for name, size in cut.items() if "/blocks/" in name)
+    others = sum(cut.values()) - kernels
+    assert fsdp["all-reduce"] == data["all-reduce"]
+    assert 2 * kernels <= fsdp["all-gather"] <= 2 * kernels + 2 * others + data["all-gather"]
+    assert fsdp["reduce-scatter"] == fsdp["all-to-all"] == fsdp["collective-permute"] == 0
+
+
 @pytest.mark.parametrize(("mesh", "parts"), [("data 8", 1), ("fsdp 8", 8), ("tensor 4", 4), ("mixed", 4)])
 def test_a_device_holds_its_part_of_the_blocks(mesh: str, parts: int):
     for name, leaf in names.flatten(run(mesh).setting.frozen).items():
