@@ -8,6 +8,11 @@ Two tasks: true or false statements about generated scenes (attribute binding, r
 neither the text nor the picture alone tells), and the questions of easy-VQA. Every variant has the same steps, data and
 linear head; its learning rate is chosen on validation data. ``independent`` is the fusion adapter without fusion: the
 same bottlenecks in the same places. Models that judge statements also score Winoground-format quadruples of scenes.
+
+Cost of the default: 46 minutes on two CPU cores that other work shared. What came out (one seed, 300 steps): on statements
+the gate gains 1.8 points over independent bottlenecks [0.7, 2.9], by counting better; on easy-VQA fusion loses 0.7 to 1.8
+points and LoRA gains 2.1 [1.3, 2.9]. Relations stay at chance for every variant, full fine-tuning included, so that the
+default says nothing of them; ``--config.preset=full`` is the longer run. The table is in ``docs/fusion_ablation``.
 """
 
 from __future__ import annotations
@@ -227,6 +232,9 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
                 variant.name, {"name": variant.name, "variant": variant.title, "group": variant.group}
             )
             row |= _results(task, data, outcomes[variant.name], outcomes.get("independent"))
+            # Tasks differ in the size of their heads; the table shows the first one's.
+            row.setdefault("trained", row[f"{task}_trained"])
+            row.setdefault("share", row["trained"] / outcomes[variant.name].table.backbone)
             _report(config, list(rows.values()), workdir)
     rich.print(_table(config, list(rows.values())).terminal())
     rich.print(f"table, figures and runs: {workdir}")
@@ -284,8 +292,7 @@ def _results(task: str, data: TaskData, outcome: Outcome, independent: Outcome |
     # Questions on one picture stand or fall together; statements have a picture each.
     clusters = np.array([example["image_id"] for example in examples]) if task == "easy_vqa" else None
     row: dict[str, Any] = {
-        "trained": outcome.table.trained,
-        "share": outcome.table.trained / outcome.table.backbone,
+        f"{task}_trained": outcome.table.trained,
         f"{task}": accuracy(correct, clusters),
         f"{task}_learning_rate": outcome.learning_rate,
         f"{task}_validation": {f"{rate:g}": value for rate, value in outcome.validation.items()},
