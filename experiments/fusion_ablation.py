@@ -9,9 +9,9 @@ neither the text nor the picture alone tells), and the questions of easy-VQA. Ev
 linear head; its learning rate is chosen on validation data. ``independent`` is the fusion adapter without fusion: the
 same bottlenecks in the same places. Models that judge statements also score Winoground-format quadruples of scenes.
 
-Cost of the default: 46 minutes on two CPU cores that other work shared. What came out (one seed, 300 steps): on statements
-the gate gains 1.8 points over independent bottlenecks [0.7, 2.9], by counting better; on easy-VQA fusion loses 0.7 to 1.8
-points and LoRA gains 2.1 [1.3, 2.9]. Relations stay at chance for every variant, full fine-tuning included, so that the
+Cost of the default: 46 minutes on two CPU cores that other work shared. What came out (one seed, 300 steps): on
+statements the gate gains 1.8 points [0.7, 2.9] over independent bottlenecks; on easy-VQA fusion loses 0.7 to 1.8 points
+and LoRA gains 2.1 [1.3, 2.9]. Relations stay at chance for every variant, full fine-tuning included, so that the
 default says nothing of them; ``--config.preset=full`` is the longer run. The table is in ``docs/fusion_ablation``.
 """
 
@@ -189,9 +189,10 @@ def _variant(config: Config, name: str) -> Variant:
 def _fused(config: Config, name: str, mix: str, layers: str) -> Variant:
     method = Fusion(rank=config.rank, heads=config.heads, mix=mix)
     title = {"gate": "gated fusion", "attention": "attention fusion", "gate_attention": "gate and attention"}[mix]
-    where = "" if layers == "all" else f", {layers} layers"
+    if name in PLACED:  # which one is best may differ from task to task
+        title = f"best fusion, {layers} layers"
     placement = Placement(method, layers=layers)
-    return Variant(name, title + where, placements=(placement,), group="fusion", learning_rates=config.adapter_rates)
+    return Variant(name, title, placements=(placement,), group="fusion", learning_rates=config.adapter_rates)
 
 
 def check(config: Config) -> Any:
@@ -293,6 +294,7 @@ def _results(task: str, data: TaskData, outcome: Outcome, independent: Outcome |
     clusters = np.array([example["image_id"] for example in examples]) if task == "easy_vqa" else None
     row: dict[str, Any] = {
         f"{task}_trained": outcome.table.trained,
+        f"{task}_methods": [placement.method.describe() for placement in outcome.variant.placements],
         f"{task}": accuracy(correct, clusters),
         f"{task}_learning_rate": outcome.learning_rate,
         f"{task}_validation": {f"{rate:g}": value for rate, value in outcome.validation.items()},
