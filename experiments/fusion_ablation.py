@@ -18,7 +18,7 @@ default says nothing of them; ``--config.preset=full`` is the longer run. The ta
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ from vla_jax.data.sources import load_source, make_builder
 from vla_jax.data.text import Tokenize
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation import winoground
-from vla_jax.evaluation.statistics import accuracy, paired_difference
+from vla_jax.evaluation.statistics import PairedDifference, accuracy, paired_difference
 from vla_jax.reporting.figure import Panel, accuracy_against_parameters, dot_plot
 from vla_jax.reporting.table import Column, Table
 from vla_jax.tasks.classification import Classification
@@ -232,7 +232,11 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
             row = rows.setdefault(
                 variant.name, {"name": variant.name, "variant": variant.title, "group": variant.group}
             )
-            row |= _results(task, data, outcomes[variant.name], outcomes.get("independent"))
+            row |= _results(task, data, outcomes[variant.name])
+            if (independent := outcomes.get("independent")) is not None:
+                for name in outcomes:
+                    if name != "independent" and f"{task}_difference" not in rows[name]:
+                        rows[name][f"{task}_difference"] = _difference(task, data, outcomes[name], independent)
             # Tasks differ in the size of their heads; the table shows the first one's.
             row.setdefault("trained", row[f"{task}_trained"])
             row.setdefault("share", row["trained"] / outcomes[variant.name].table.backbone)
@@ -285,13 +289,12 @@ def _data(config: Config, task: str, backbone: Backbone) -> TaskData:
     return TaskData(_task(task), splits, TransformExample(preprocess, tokenize, label_key="label"), probes)
 
 
-def _results(task: str, data: TaskData, outcome: Outcome, independent: Outcome | None) -> dict[str, Any]:
+def _results(task: str, data: TaskData, outcome: Outcome) -> dict[str, Any]:
     """What a variant's row says of one task."""
     found = outcome.predictions["test"]
     correct, index = found["correct"], found["index"][0]
     examples = [data.splits["test"][int(i)] for i in index]
-    # Questions on one picture stand or fall together; statements have a picture each.
-    clusters = np.array([example["image_id"] for example in examples]) if task == "easy_vqa" else None
+    clusters = _clusters(task, examples)
     row: dict[str, Any] = {
         f"{task}_trained": outcome.table.trained,
         f"{task}_methods": [placement.method.describe() for placement in outcome.variant.placements],
@@ -302,8 +305,6 @@ def _results(task: str, data: TaskData, outcome: Outcome, independent: Outcome |
         f"{task}_step_bytes": outcome.step_bytes,
         f"{task}_adapter_bytes": outcome.adapter_bytes,
     }
-    if independent is not None and outcome is not independent:
-        row[f"{task}_difference"] = paired_difference(correct, independent.predictions["test"]["correct"], clusters)
     kinds, field = (STATEMENT_KINDS, "statement_kind") if task == "statements" else (QUESTION_KINDS, "question_kind")
     for number, kind in enumerate(kinds):
         chosen = [_is_kind(example[field], kind, number) for example in examples]
@@ -314,6 +315,18 @@ def _results(task: str, data: TaskData, outcome: Outcome, independent: Outcome |
         scores = winoground.evaluate(as_scores(scored["score"]))
         row |= {f"quadruples_{name}": getattr(scores, name) for name in winoground.CHANCE}
     return row
+
+
+def _difference(task: str, data: TaskData, outcome: Outcome, independent: Outcome) -> PairedDifference:
+    """A variant's accuracy on the test examples minus that of independent adapters."""
+    found = outcome.predictions["test"]
+    clusters = _clusters(task, [data.splits["test"][int(i)] for i in found["index"][0]])
+    return paired_difference(found["correct"], independent.predictions["test"]["correct"], clusters)
+
+
+def _clusters(task: str, examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """Questions on one picture stand or fall together; statements have a picture each."""
+    return np.array([example["image_id"] for example in examples]) if task == "easy_vqa" else None
 
 
 def _is_kind(value: Any, kind: str, number: int) -> bool:
