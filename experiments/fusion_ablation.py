@@ -63,6 +63,7 @@ class Config:
     Attributes:
         preset: the name of the preset it came from.
         backbone: hub name, folder, or ``tiny``.
+        storage: dtype in which the frozen backbone is kept; what is trained is float32 always.
         tasks: which tasks, of ``statements`` and ``easy_vqa``.
         variants: which variants, in the order of the table; all of them if empty.
         rank: width of the bottlenecks.
@@ -83,6 +84,7 @@ class Config:
 
     preset: Literal["default", "smoke", "full"] = "default"
     backbone: str = "tiny"
+    storage: Literal["float32", "bfloat16", "float16"] = "float32"
     tasks: tuple[str, ...] = TASKS
     variants: tuple[str, ...] = ()
     rank: int = 32
@@ -220,7 +222,7 @@ def check(config: Config) -> Any:
 
 def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
     """Runs every variant on every task, and writes table and figures anew after each."""
-    backbone = load_backbone(config.backbone)
+    backbone = load_backbone(config.backbone, dtype=config.storage)
     mesh = make_mesh(config.mesh)
     rows: dict[str, dict[str, Any]] = {}
     for task in config.tasks:

@@ -37,13 +37,13 @@ from vla_jax.backbones.transformer import Compute, TowerConfig
 from vla_jax.data.batches import Batches
 from vla_jax.data.image import Preprocess
 from vla_jax.data.pipeline import Pipeline
-from vla_jax.data.scenes import SceneConfig
+from vla_jax.data.scenes import SWAPS, CaptionWeights, SceneConfig
 from vla_jax.data.scenes.vocabulary import WORDS
 from vla_jax.data.text import Tokenize, train_word_tokenizer
 from vla_jax.errors import UserError
 from vla_jax.evaluation.scene_zero_shot import ZeroShot, clip_encoders, zero_shot
 from vla_jax.reporting import tiny_card
-from vla_jax.tasks.scene_pretraining import PairRow, ScenePairs, make_loss
+from vla_jax.tasks.scene_pretraining import DenseWeights, PairRow, ScenePairs, make_loss
 from vla_jax.tasks.scene_supervision import SceneHeads
 from vla_jax.training.checkpoint import Checkpointer, load_adapters
 from vla_jax.training.checkpoint_metadata import Identity
@@ -72,6 +72,9 @@ class Phase:
         learning_rate: its peak.
         final_share: learning rate at the phase's end, as a share of the peak.
         images: whether the image tower is trained; else it is frozen, which lets many more texts pass.
+        captions: how often each kind of caption is drawn for scenes without a twin.
+        twin_swaps: what twins have exchanged.
+        twin_pair_share: share of twins whose captions tell of the two exchanged objects alone.
     """
 
     name: str
@@ -82,6 +85,9 @@ class Phase:
     learning_rate: float
     final_share: float
     images: bool = True
+    captions: CaptionWeights = dataclasses.field(default_factory=CaptionWeights)
+    twin_swaps: tuple[str, ...] = SWAPS
+    twin_pair_share: float = 0.5
 
     def __post_init__(self) -> None:
         if not (self.images or self.texts):
@@ -110,8 +116,7 @@ class PretrainTinyConfig:
         text_depth: blocks of the text tower.
         heads: attention heads of both towers.
         projection: width of the joint space.
-        dense_weight: weight of the losses of cells and patches beside the contrastive loss.
-        pairing_weight: weight of the loss of pairings.
+        dense: weights of the losses from annotations beside the contrastive loss.
         weight_decay: of AdamW.
         seed: of parameters and data.
         log_every: steps between logged ones.
@@ -124,10 +129,37 @@ class PretrainTinyConfig:
 
     preset: str = "default"
     phases: tuple[Phase, ...] = (
-        Phase("image", 1400, False, 5, CONTEXT_LENGTH, 2e-3, 0.1),
-        Phase("short", 400, True, 2, 27, 1.5e-3, 0.5),
-        Phase("words", 700, True, 2, 27, 2e-3, 0.5, images=False),
-        Phase("long", 700, True, 5, CONTEXT_LENGTH, 1e-3, 0.0),
+        Phase(
+            name="image",
+            steps=1800,
+            texts=False,
+            max_objects=5,
+            text_length=CONTEXT_LENGTH,
+            learning_rate=2e-3,
+            final_share=0.1,
+        ),
+        Phase(
+            name="words",
+            steps=1200,
+            texts=True,
+            images=False,
+            max_objects=2,
+            text_length=27,
+            learning_rate=2e-3,
+            final_share=0.3,
+            captions=CaptionWeights(full=0.2, short=0.15, relation=0.4, count=0.2, question=0.05),
+            twin_pair_share=0.6,
+        ),
+        Phase(
+            name="long",
+            steps=500,
+            texts=True,
+            max_objects=5,
+            text_length=CONTEXT_LENGTH,
+            learning_rate=1e-3,
+            final_share=0.0,
+            captions=CaptionWeights(full=0.3, short=0.2, relation=0.25, count=0.15, question=0.1),
+        ),
     )
     pairs: int = 64
     twin_share: float = 0.5
@@ -138,8 +170,7 @@ class PretrainTinyConfig:
     text_depth: int = 3
     heads: int = 2
     projection: int = 128
-    dense_weight: float = 1.0
-    pairing_weight: float = 5.0
+    dense: DenseWeights = dataclasses.field(default_factory=DenseWeights)
     weight_decay: float = 0.05
     seed: int = 0
     log_every: int = 25
@@ -299,14 +330,19 @@ def _train(
         trainable,
         phase.steps,
     )
-    loss_function = make_loss(
-        clip, texts=phase.texts, dense_weight=config.dense_weight, pairing_weight=config.pairing_weight
-    )
+    loss_function = make_loss(clip, texts=phase.texts, weights=config.dense)
     shardings = step_shardings(table, trainable, optimizer, mesh)
     state = init_state(trainable, optimizer, shardings)
     frozen = place(frozen, shardings.frozen)
     train_step = make_train_step(loss_function, optimizer, seed=config.seed, shardings=shardings)
-    scenes = SceneConfig(seed=config.seed + index, image_size=config.image_size, max_objects=phase.max_objects)
+    scenes = SceneConfig(
+        seed=config.seed + index,
+        image_size=config.image_size,
+        max_objects=phase.max_objects,
+        caption_weights=phase.captions,
+        twin_swaps=phase.twin_swaps,
+        twin_pair_share=phase.twin_pair_share,
+    )
     pipeline = Pipeline(
         ScenePairs(scenes, config.twin_share), row, batch_size=config.pairs, training=True, seed=config.seed
     )

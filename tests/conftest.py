@@ -14,6 +14,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # for others in two collectives at once (of two towers, say) blocks two of them, and with none left all wait for ever.
 os.environ.setdefault("NPROC", "64")
 
+import jax
 import pytest
 
 
@@ -25,3 +26,12 @@ def weights_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no published weights in {folder}; set VLA_JAX_TEST_WEIGHTS to a folder that holds them")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules that compile many small programs whose results do not depend on how well they are compiled."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -24,6 +24,8 @@ from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.sharding import MeshConfig, make_mesh
 from vla_jax.variants import Budget, TaskData, Variant
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BUDGET = Budget(
     steps=6,
     selection_share=0.5,
@@ -36,14 +38,6 @@ BUDGET = Budget(
 LINEAR = Variant("linear", "linear head alone", rules="linear_probe", learning_rates=(0.0, 0.3))
 FUSED = Variant("fused", "fused", placements=(Placement(Fusion(rank=4, heads=2), layers="last 1"),))
 SIZES = {"train": 40, "validation": 21, "test": 19}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _source(count: int, seed: int) -> ArraySource:

@@ -16,13 +16,7 @@ from vla_jax.errors import UserError
 from vla_jax.tasks.classification import Classification
 from vla_jax.tasks.matching import Matching
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 LATE = (Placement(Fusion(rank=4, heads=2), "fusion", layers="last 1"),)

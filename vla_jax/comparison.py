@@ -204,6 +204,7 @@ class _VariantRun:
             "batch_size": budget.batch_size,
             "optimizer": dataclasses.asdict(dataclasses.replace(budget.optimizer, learning_rate=0.0)),
             "dtype": self.comparison.compute.dtype,
+            "storage": str(jax.tree.leaves(self.comparison.backbone.params)[0].dtype),
             "examples": {name: len(source) for name, source in (*data.splits.items(), *data.probes.items())},
         }
         settings = json.loads(json.dumps(settings))

@@ -18,16 +18,9 @@ from vla_jax.adapters.binding import apply
 from vla_jax.errors import UserError
 from vla_jax.slots import TowerShape
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOWERS = CONFIG.towers  # vision: 4 blocks of width 32; text: 2 blocks of width 24
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Nothing here depends on how well its small programs are compiled."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def numbered(plan):

@@ -17,17 +17,10 @@ from vla_jax.adapters.fusion import DIRECTIONS, MIXES
 from vla_jax.errors import UserError
 from vla_jax.slots import TowerShape
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 IMAGE_TOKENS, TEXT_TOKENS, VISION, TEXT, RANK = 5, 4, 7, 6, 4
 WORDS = np.array([True, True, True, False])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Many small programs are compiled here, and what they compute does not depend on how well."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 CASES = [("none", "both")] + [(mix, direction) for mix in MIXES if mix != "none" for direction in DIRECTIONS]

@@ -19,16 +19,7 @@ from vla_jax.adapters.base import methods
 
 TASKS = ("a", "b", "c")
 
-pytestmark = pytest.mark.parametrize("name", ALL)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Hundreds of small programs are compiled here, and none of the properties depends on how well."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = [pytest.mark.parametrize("name", ALL), pytest.mark.usefixtures("quick_compilation")]
 
 
 @functools.cache

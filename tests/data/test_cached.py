@@ -1,3 +1,9 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -75,3 +81,29 @@ def test_a_failing_function_ends_the_pass(arrays, sharding):
 
     with pytest.raises(RuntimeError, match="out of luck"):
         evaluate(_pipeline(ArraySource(arrays), as_rows), fails, sharding)
+
+
+@pytest.mark.parametrize("examples", [16, 21])
+def test_every_process_finds_all_results_once_in_the_sources_order(tmp_path, examples):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    script = Path(__file__).with_name("evaluate_in_processes.py")
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    paths = [tmp_path / f"{index}.npz" for index in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, script, address, "2", str(index), str(examples), path], env=environment)
+        for index, path in enumerate(paths)
+    ]
+    try:
+        assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    for path in paths:
+        with np.load(path) as found:
+            np.testing.assert_array_equal(found["index"], np.arange(examples))
+            np.testing.assert_array_equal(found["double"], 2 * np.arange(3.0 * examples).reshape(examples, 3))

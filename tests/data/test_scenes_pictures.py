@@ -272,6 +272,8 @@ def test_same_content_does_not_depend_on_order_or_jitter():
         ({"patch_grid": 7}, "must divide image_size 64"),
         ({"statement_kinds": ("bindings",)}, "did you mean 'binding'"),
         ({"length": 0}, "at least 1"),
+        ({"twin_swaps": ("place",)}, "unknown twin swap 'place'"),
+        ({"twin_pair_share": 1.5}, "a share, 0 to 1; got 1.5"),
     ],
 )
 def test_wrong_configurations_say_what_is_wrong(arguments, message):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from scenes_oracle import answer_to, matches, true_of
 
 from vla_jax.data.scenes import SceneConfig, SceneSource, captions
 from vla_jax.data.scenes.render import annotations
 from vla_jax.data.scenes.sampling import CaptionWeights, seeded
-from vla_jax.data.scenes.vocabulary import ANSWERS, CLASS_TEMPLATES, COLORS, MAX_WORDS, SHAPES, WORDS, split_words
+from vla_jax.data.scenes.vocabulary import (
+    ANSWERS,
+    CLASS_TEMPLATES,
+    COLORS,
+    MAX_WORDS,
+    RELATIONS,
+    SHAPES,
+    WORDS,
+    split_words,
+)
 from vla_jax.errors import UserError
 
 EASY_VQA = (
@@ -152,3 +163,16 @@ def test_twins_have_captions_that_tell_them_apart():
         assert (true_of(other, first), true_of(other, second)) == (False, True), example
         swapped.add(example["swapped"])
     assert swapped == {"shape", "color", "size", "texture", "cell"}
+
+
+def test_twins_may_be_told_what_to_exchange_and_to_speak_of_it_alone():
+    config = SceneConfig(seed=4, image_size=32, twin_swaps=("cell",), twin_pair_share=1.0)
+    source = SceneSource("train", "twins", config)
+    drawn = [source[index] for index in range(100)]
+    assert {example["swapped"] for example in drawn} == {"cell"}
+    alone = [any(relation in example["caption"] for relation in RELATIONS) for example in drawn]
+    # The others hold two objects of the same colour and shape, of which a relation would not tell.
+    assert sum(alone) >= 80
+    config = dataclasses.replace(config, twin_pair_share=0.0)
+    source = SceneSource("train", "twins", config)
+    assert not any(relation in source[index]["caption"] for index in range(100) for relation in RELATIONS)

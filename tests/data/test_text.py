@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from vla_jax.errors import UserError
 
 WORDS = ["a", "red", "blue", "circle", "square", "left", "of", "the", "is", "what", "?"]
 TEXTS = ["A red circle", "the blue square left of the red circle", "", "what is the zebra?", "a " * 40]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:a text of .* tokens is cut")
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +70,14 @@ def test_settings_in_the_file_do_not_come_first(tokenizer):
 
 
 def test_truncation_keeps_the_end(tokenizer):
-    tokens, mask = Tokenize(tokenizer, 5)("a red circle left of the blue square")
+    tokenize = Tokenize(tokenizer, 5)
+    with pytest.warns(UserWarning, match="of 10 tokens is cut to 5, and others may be: 'a red circle left of the blue"):
+        tokens, mask = tokenize("a red circle left of the blue square")
     assert tokenizer.convert_ids_to_tokens(tokens) == ["<|startoftext|>", "a", "red", "circle", "<|endoftext|>"]
     assert mask.all()
+    with warnings.catch_warnings(action="error"):
+        tokenize("a red circle right of the blue square")  # the first one has been warned of
+        Tokenize(tokenizer, 10)("a red circle left of the blue square")
 
 
 @pytest.mark.parametrize("text", TEXTS)

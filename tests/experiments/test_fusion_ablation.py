@@ -25,13 +25,7 @@ from vla_jax.evaluation.winoground import CHANCE
 from vla_jax.training.sharding import MeshConfig
 from vla_jax.variants import Budget
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,12 @@ from vla_jax.tasks.scene_pretraining import ScenePairs
 
 
 def test_every_word_of_tasks_occurs_in_pretraining():
-    scenes = SceneConfig(seed=CONFIG.seed, image_size=32)
-    pairs = ScenePairs(scenes, CONFIG.twin_share)
-    seen = {word for index in range(1500) for example in pairs[index] for word in split_words(example["caption"])}
-    assert set(WORDS) - seen == set()
+    for phase in CONFIG.phases:
+        if phase.texts:
+            scenes = SceneConfig(seed=CONFIG.seed, image_size=32, caption_weights=phase.captions)
+            pairs = ScenePairs(scenes, CONFIG.twin_share)
+            seen = {w for index in range(2000) for example in pairs[index] for w in split_words(example["caption"])}
+            assert set(WORDS) - seen == set()
 
 
 def test_twins_make_up_their_share_and_have_other_captions():
@@ -34,7 +36,7 @@ def test_the_check_counts_every_parameter_and_refuses_what_cannot_be_run():
     width, tower = 128, lambda depth: depth * (12 * 128**2 + 13 * 128)
     vision = 12 * 12 * 3 * width + width + 37 * width + 4 * width + tower(4) + width * 128
     text = (len(WORDS) + 4) * width + 48 * width + 2 * width + tower(3) + width * 128
-    heads = (width + 1) * 26 + (128 + 1) * 9 * 26 + (128 + 1) * 112
+    heads = (width + 1) * 26 + (128 + 1) * (9 * 26 + 112 + 2 * 16 + 16 * 6)
     assert f"{vision + text + 1 + heads:,}" in check(CONFIG).caption
     with pytest.raises(UserError, match="a name of its own"):
         check(dataclasses.replace(CONFIG, phases=CONFIG.phases[:1] * 2))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
 from vla_jax.data.batches import Batches
@@ -63,9 +64,9 @@ def evaluate(
     try:
         for batch in tqdm(batches, total=len(pipeline), desc=description, disable=None if description else True):
             results = dict(compute(batch)) | {name: batch[name] for name in (*keep, "index")}
-            valid = np.asarray(batch["valid"])
+            valid = _on_host(batch["valid"])
             for name, value in results.items():
-                rows = np.asarray(value)[valid]
+                rows = _on_host(value)[valid]
                 if name not in gathered:
                     # In place from the start: results may fill most of the memory, and joining them would double them.
                     gathered[name] = np.empty((len(pipeline.source), *rows.shape[1:]), rows.dtype)
@@ -73,4 +74,14 @@ def evaluate(
             count += int(valid.sum())
     finally:
         batches.close()
-    return {name: array[:count] for name, array in gathered.items()}
+    # Every process gives a share of each batch, so that only the order of the indices is that of the source.
+    order = np.argsort(gathered["index"][:count], kind="stable") if gathered else []
+    ordered = np.array_equal(order, np.arange(count))
+    return {name: array[:count] if ordered else array[:count][order] for name, array in gathered.items()}
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """A batch's array whole, also where other processes hold parts of it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Tokenize:
         Args:
             tokenizer: a fast tokenizer of transformers, as ``AutoTokenizer.from_pretrained(folder)`` gives it.
             length: tokens per text, start and end included; a longer text loses its last words, never its end token,
-                at which CLIP pools.
+                at which CLIP pools. The first such text is warned of.
 
         Raises:
             UserError: if ``length`` is longer than the tokenizer's context or shorter than 3, or if the tokenizer is
@@ -45,6 +46,7 @@ class Tokenize:
                 f"{tokenizer.model_max_length}"
             )
         self.length = length
+        self._warned = False
         # A copy: truncation and padding set in tokenizer.json would otherwise come first.
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.no_truncation()
@@ -68,6 +70,13 @@ class Tokenize:
         """
         ids = self._tokenizer.encode(text).ids
         if len(ids) > self.length:
+            if not self._warned:
+                self._warned = True  # once is enough to be looked into; thousands would hide everything else
+                warnings.warn(
+                    f"a text of {len(ids)} tokens is cut to {self.length}, and others may be: {text!r}; give a longer "
+                    "text length",
+                    stacklevel=2,
+                )
             ids = [*ids[: self.length - 1], self._end]
         tokens = np.full(self.length, self._pad, np.int32)
         tokens[: len(ids)] = ids

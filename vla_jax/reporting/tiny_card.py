@@ -74,8 +74,9 @@ short ones, relations, counts, and questions with their answers. No scene is see
 Not contrastive learning alone. The generator's annotations are exact, and supervise both towers densely:
 
 - every patch token predicts, by a linear head, shape, colour, size and texture of the object in its cell;
-- the image's feature and the text's feature predict, by one shared linear head, these attributes for every cell, and
-  which attribute values some object has together;
+- the image's feature and the text's feature predict, by shared linear heads, these attributes for every cell, which
+  attribute values some object has together, which shapes and colours lie left of and above which, and how many objects
+  have each shape and each colour;
 - symmetric InfoNCE between images and texts, where {twins} of the pairs have a twin in the batch that
   differs by one swap.
 
@@ -107,7 +108,9 @@ def _tower(tower: Any) -> str:
 def _phase(phase: Mapping[str, Any], images: int) -> str:
     towers = [name for name in ("image", "text") if phase[f"{name}s"]]
     what = "both towers" if len(towers) == 2 else f"the {towers[0]} tower alone"
-    return (
+    line = (
         f"- `{phase['name']}`: {phase['steps']} steps of {images} pictures, {what}, up to {phase['max_objects']} "
         f"objects, peak learning rate {phase['learning_rate']}"
     )
+    shares = ", ".join(f"{kind} {weight:g}" for kind, weight in phase["captions"].items())
+    return f"{line}; captions: {shares}" if phase["texts"] else line

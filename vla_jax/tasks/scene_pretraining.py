@@ -64,14 +64,30 @@ class PairRow:
         }
 
 
-def make_loss(clip: CLIP, *, texts: bool, dense_weight: float, pairing_weight: float) -> Callable[..., Any]:
+@dataclasses.dataclass(frozen=True)
+class DenseWeights:
+    """Weights of the losses of :mod:`vla_jax.tasks.scene_supervision` beside the contrastive loss.
+
+    Attributes:
+        cells: of attributes by patch and by cell.
+        pairings: of which attribute values belong together.
+        orders: of which value lies before which.
+        numbers: of how many objects have a value.
+    """
+
+    cells: float = 1.0
+    pairings: float = 5.0
+    orders: float = 2.0
+    numbers: float = 1.0
+
+
+def make_loss(clip: CLIP, *, texts: bool, weights: DenseWeights) -> Callable[..., Any]:
     """The loss: dense supervision of the image tower; with texts, dense supervision of both towers, and InfoNCE.
 
     Args:
         clip: the model.
         texts: whether texts take part.
-        dense_weight: weight of the losses of patches and cells beside the contrastive loss.
-        pairing_weight: weight of the loss of pairings.
+        weights: of the dense losses beside the contrastive one.
 
     Returns:
         ``(params, batch, key) -> (loss, metrics)`` for batches of :class:`PairRow` rows; the parameters of the heads
@@ -88,16 +104,20 @@ def make_loss(clip: CLIP, *, texts: bool, dense_weight: float, pairing_weight: f
 
         patch_logits = heads.apply(variables, output.image_tokens[:, 1:], method="of_patches")
         loss, accuracy = scene_supervision.attribute_loss(patch_logits, cells[:, of_patch])
-        loss = dense_weight * loss
+        loss = weights.cells * loss
         metrics = {f"patch_{name}": accuracy[index] for index, name in enumerate(ATTRIBUTES)}
         for tower, features in (("image", output.image_features), ("text", output.text_features)):
             if features is None:
                 continue
-            cell_logits, pairing_logits = heads.apply(variables, features, method="of_features")
-            cell_loss, accuracy = scene_supervision.attribute_loss(cell_logits, cells)
-            pairing_loss = scene_supervision.pairing_loss(pairing_logits, cells)
-            loss += dense_weight * cell_loss + pairing_weight * pairing_loss
+            logits = heads.apply(variables, features, method="of_features")
+            cell_loss, accuracy = scene_supervision.attribute_loss(logits.cells, cells)
+            pairing_loss = scene_supervision.pairing_loss(logits.pairings, cells)
+            order_loss, ordered = scene_supervision.order_loss(logits.coordinates, cells)
+            number_loss = scene_supervision.number_loss(logits.numbers, cells)
+            loss += weights.cells * cell_loss + weights.pairings * pairing_loss
+            loss += weights.orders * order_loss + weights.numbers * number_loss
             metrics |= {f"{tower}_cells": cell_loss, f"{tower}_pairings": pairing_loss}
+            metrics |= {f"{tower}_ordered": ordered, f"{tower}_numbers": number_loss}
             metrics |= {f"{tower}_{name}": accuracy[index] for index, name in enumerate(ATTRIBUTES)}
         if texts:
             contrastive = info_nce(output.logits)

@@ -1,17 +1,22 @@
 """Dense supervision of both towers from the exact annotations of generated scenes.
 
-Three linear heads, used in pretraining and thrown away afterwards:
+Linear heads, used in pretraining and thrown away afterwards:
 
 - ``patches``: every patch token tells the attributes of the object in the cell of the 3 x 3 grid that the patch is in;
 - ``cells``: the joint feature tells the attributes of the object in every cell;
 - ``pairings``: the joint feature tells which pairs of attribute values some object has together (a red circle, not a
-  circle and something red).
+  circle and something red);
+- ``coordinates``: the joint feature gives every shape and every colour a place on each axis, in the order in which the
+  objects lie (the red one left of the blue one);
+- ``numbers``: the joint feature tells how many objects have each shape and each colour.
 
-The last two read the normalised feature of an image, or of a text, with the same weights. Both towers so learn one code
-for one scene, and what a caption leaves open becomes a distribution over what may be there.
+All but the first read the normalised feature of an image, or of a text, with the same weights. Both towers so learn one
+code for one scene, and what a caption leaves open becomes a distribution over what may be there.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,7 +25,7 @@ import numpy as np
 import optax
 
 from vla_jax.backbones.clip import normalise
-from vla_jax.data.scenes.vocabulary import ATTRIBUTES, PLACES
+from vla_jax.data.scenes.vocabulary import ATTRIBUTES, NUMBERS, PLACES
 
 VALUES = tuple(len(words) for words in ATTRIBUTES.values())
 """Number of values of shape, color, size and texture."""
@@ -31,29 +36,58 @@ _CLASSES = sum(VALUES) + len(VALUES)
 # Pairs of attributes whose values are to be bound: shape with each of the others.
 _BOUND = tuple((0, other) for other in range(1, len(VALUES)))
 _PAIRINGS = sum(VALUES[first] * VALUES[second] for first, second in _BOUND)
+# The attributes by whose values objects are put in order and counted.
+_NAMING = (0, 1)
+_NAMED = sum(VALUES[attribute] for attribute in _NAMING)
+_LINE = np.arange(len(PLACES))
+# Which cells lie before which, across and down: bool [2, cells, cells].
+_BEFORE = np.stack([a[:, None] < a[None, :] for a in (_LINE % 3, _LINE // 3)])
+
+
+class FeatureLogits(NamedTuple):
+    """What the heads read off a joint feature.
+
+    Attributes:
+        cells: ``[batch, cells, classes]``.
+        pairings: ``[batch, pairings]``.
+        coordinates: ``[batch, 2, shapes and colours]``; only differences have a meaning.
+        numbers: ``[batch, shapes and colours, 6]``, from none to five.
+    """
+
+    cells: jax.Array
+    pairings: jax.Array
+    coordinates: jax.Array
+    numbers: jax.Array
 
 
 class SceneHeads(nn.Module):
-    """The three heads; every method needs the parameters of one :meth:`__call__`."""
+    """The heads; every method needs the parameters of one :meth:`__call__`."""
 
     def setup(self):
         self.patches = nn.Dense(_CLASSES)
         self.cells = nn.Dense(len(PLACES) * _CLASSES)
         self.pairings = nn.Dense(_PAIRINGS)
+        self.coordinates = nn.Dense(2 * _NAMED)
+        self.numbers = nn.Dense(_NAMED * len(NUMBERS))
         self.norm = nn.LayerNorm(use_bias=False, use_scale=False)
 
-    def __call__(self, patch_tokens: jax.Array, features: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(self, patch_tokens: jax.Array, features: jax.Array) -> tuple[jax.Array, FeatureLogits]:
         """All logits; see the methods."""
-        return self.of_patches(patch_tokens), *self.of_features(features)
+        return self.of_patches(patch_tokens), self.of_features(features)
 
     def of_patches(self, patch_tokens: jax.Array) -> jax.Array:
         """``[batch, patches, width]``, class token left out, to ``[batch, patches, classes]``."""
         return self.patches(self.norm(patch_tokens))
 
-    def of_features(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """``[batch, projection]`` to ``[batch, cells, classes]`` and ``[batch, pairings]``."""
+    def of_features(self, features: jax.Array) -> FeatureLogits:
+        """What ``[batch, projection]`` tells."""
         code = normalise(features) * features.shape[-1] ** 0.5
-        return self.cells(code).reshape(-1, len(PLACES), _CLASSES), self.pairings(code)
+        return FeatureLogits(
+            self.cells(code).reshape(-1, len(PLACES), _CLASSES),
+            self.pairings(code),
+            self.coordinates(code).reshape(-1, 2, _NAMED),
+            self.numbers(code).reshape(-1, _NAMED, len(NUMBERS)),
+        )
 
 
 def cell_labels(scene: dict) -> np.ndarray:
@@ -112,3 +146,55 @@ def pairing_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The mean binary cross-entropy of :func:`pairing_labels`, float32 []."""
     targets = pairing_labels(labels).astype(jnp.float32)
     return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets).mean()
+
+
+def order_labels(labels: jax.Array) -> jax.Array:
+    """Which value lies before which, whatever objects have it.
+
+    Args:
+        labels: int32 ``[batch, cells, 4]``, as :func:`cell_labels` gives them.
+
+    Returns:
+        bool ``[batch, 2, shapes and colours, shapes and colours]``: across (left of) and down (above), whether an
+        object of the first value lies before one of the second and none the other way round. False between a shape and
+        a colour.
+    """
+    parts = []
+    for attribute in _NAMING:
+        present = jax.nn.one_hot(labels[..., attribute] - 1, VALUES[attribute])  # [batch, cells, values]
+        before = jnp.einsum("bim,aij,bjn->bamn", present, _BEFORE.astype(np.float32), present) > 0
+        parts.append(before & ~before.swapaxes(2, 3))
+    shapes, colors = parts
+    shapes = jnp.pad(shapes, [(0, 0), (0, 0), (0, 0), (0, VALUES[1])])
+    colors = jnp.pad(colors, [(0, 0), (0, 0), (0, 0), (VALUES[0], 0)])
+    return jnp.concatenate([shapes, colors], axis=2)
+
+
+def order_loss(coordinates: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean logistic loss of the differences of coordinates that are in order (Bradley-Terry), and their accuracy.
+
+    Args:
+        coordinates: ``[batch, 2, shapes and colours]``.
+        labels: int32 ``[batch, cells, 4]``, as :func:`cell_labels` gives them.
+
+    Returns:
+        The loss and the share of pairs in the right order, float32 [] each; 0 for a batch without a pair in order.
+    """
+    coordinates = coordinates.astype(jnp.float32)
+    ordered = order_labels(labels)
+    apart = coordinates[:, :, None, :] - coordinates[:, :, :, None]  # how much later the second value lies
+    pairs = jnp.maximum(ordered.sum(), 1)
+    loss = jnp.where(ordered, jax.nn.softplus(-apart), 0).sum() / pairs
+    return loss, jnp.where(ordered, apart > 0, False).sum() / pairs
+
+
+def number_labels(labels: jax.Array) -> jax.Array:
+    """How many objects have each shape and colour: ``[batch, cells, 4]`` to int32 ``[batch, shapes and colours]``."""
+    counts = [jax.nn.one_hot(labels[..., a] - 1, VALUES[a], dtype=jnp.int32).sum(1) for a in _NAMING]
+    return jnp.concatenate(counts, axis=-1)
+
+
+def number_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean cross-entropy of :func:`number_labels` under ``[batch, shapes and colours, 6]``, float32 []."""
+    targets = number_labels(labels)
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets).mean()

@@ -6,17 +6,15 @@ of ``image_0`` alone and ``caption_1`` of ``image_1`` alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
 from vla_jax.data.scenes import captions, language
 from vla_jax.data.scenes.language import color_and_shape, words_of
-from vla_jax.data.scenes.sampling import Scene, SceneConfig, SceneObject, draw_count, draw_scene, settle
+from vla_jax.data.scenes.sampling import SWAPS, Scene, SceneConfig, SceneObject, draw_count, draw_scene, settle
 from vla_jax.data.scenes.statements import BINDING_TEMPLATES, draw_cells, draw_group
 from vla_jax.data.scenes.vocabulary import RELATIONS
-
-SWAPS = ("shape", "color", "size", "texture", "cell")
 
 # Winoground collapses its tags to what is swapped: noun phrases (Object) or anything else (Relation).
 COLLAPSED_TAGS = {"Object": "Object", "Attribute": "Relation", "Relation": "Relation"}
@@ -77,8 +75,8 @@ def hard_twins(scene: Scene, rng: Random) -> Scene | None:
     return None if drawn is None else swap(scene, *drawn)
 
 
-def _draw_swap(scene: Scene, rng: Random) -> tuple[int, int, str] | None:
-    found = possible_swaps(scene)
+def _draw_swap(scene: Scene, rng: Random, allowed: Sequence[str] = SWAPS) -> tuple[int, int, str] | None:
+    found = {what: pairs for what, pairs in possible_swaps(scene).items() if what in allowed}
     if not found:
         return None
     what = rng.choice(list(found))
@@ -93,14 +91,14 @@ def draw_twins(rng: Random, config: SceneConfig, split: str) -> tuple[Scene, Sce
     """
     while True:
         scene = draw_scene(rng, config, split, draw_count(rng, config, least=2))
-        drawn = _draw_swap(scene, rng)
+        drawn = _draw_swap(scene, rng, config.twin_swaps)
         if drawn is not None:
             break
     twin = swap(scene, *drawn)
     first, second, what = drawn
     seed = rng.getrandbits(64)  # one for both, so that both captions have the same form and order
     texts = None
-    if rng.random() < 0.5:
+    if rng.random() < config.twin_pair_share:
         texts = [_pair_caption(s, s.objects[first], s.objects[second], what, Random(seed)) for s in (scene, twin)]
         if not _tell_apart(scene, twin, first, second, what):
             texts = None

@@ -23,6 +23,8 @@ MAX_OBJECTS = 5
 _BUCKETS = 10
 _HELD_OUT = {0: "test", 1: "validation"}
 _ATTEMPTS = 1000
+SWAPS = (*ATTRIBUTES, "cell")
+"""What twins may have exchanged: an attribute, or places."""
 _ALL_IDS = {name: tuple(range(len(values))) for name, values in ATTRIBUTES.items()}
 # What an object keeps free on each side of its cell, in picture widths: three quarters of a pixel at 64 pixels, which
 # is the largest error that rounding to pixels can make, so boxes in neighbouring cells never overlap.
@@ -111,6 +113,9 @@ class SceneConfig:
         question_kinds: kinds of questions to draw from, equally often.
         quadruple_tags: kinds of quadruples to draw from, equally often.
         binding_attributes: attributes that binding statements and attribute-swap quadruples tie to shapes.
+        twin_swaps: what twins have exchanged, drawn equally often of those that change the scene.
+        twin_pair_share: share of twins whose captions tell of the two exchanged objects alone, where that tells the
+            twins apart; the others' captions are full.
         patch_grid: if positive, captions and twins also carry ``patch_labels`` on a grid of this many patches a side,
             and ``objects`` as padded arrays.
     """
@@ -131,6 +136,8 @@ class SceneConfig:
     question_kinds: tuple[str, ...] = ("exist", "color", "shape", "count", "place")
     quadruple_tags: tuple[str, ...] = ("Object", "Attribute", "Relation")
     binding_attributes: tuple[str, ...] = ("color",)
+    twin_swaps: tuple[str, ...] = SWAPS
+    twin_pair_share: float = 0.5
     patch_grid: int = 0
 
     def __post_init__(self) -> None:
@@ -146,9 +153,11 @@ class SceneConfig:
         for name, allowed in ATTRIBUTES.items():
             _check_names(name, getattr(self, f"{name}s"), allowed)
         defaults = type(self).__dataclass_fields__
-        for name in ("statement_kinds", "question_kinds", "quadruple_tags"):
+        for name in ("statement_kinds", "question_kinds", "quadruple_tags", "twin_swaps"):
             _check_names(name[:-1].replace("_", " "), getattr(self, name), defaults[name].default)
         _check_names("binding attribute", self.binding_attributes, ("color", "size", "texture"))
+        if not 0 <= self.twin_pair_share <= 1:
+            raise UserError(f"twin_pair_share is a share, 0 to 1; got {self.twin_pair_share}")
         limit = _MAX_SCALE_ALONE if self.max_objects == 1 else _MAX_SCALE
         for name in ("small", "large"):
             least, greatest = getattr(self, name)
