@@ -37,20 +37,19 @@ from vla_jax.data.image import Preprocess
 from vla_jax.data.pipeline import TransformExample
 from vla_jax.data.quadruple_pairs import QuadruplePairs, as_scores
 from vla_jax.data.scenes import SceneConfig
+from vla_jax.data.scenes.vocabulary import STATEMENT_KINDS
 from vla_jax.data.sources import load_source, make_builder
 from vla_jax.data.text import Tokenize
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation import winoground
 from vla_jax.evaluation.statistics import PairedDifference, accuracy, paired_difference
-from vla_jax.reporting.figure import Panel, accuracy_against_parameters, dot_plot
-from vla_jax.reporting.table import Column, Table
+from vla_jax.reporting import fusion_report
 from vla_jax.tasks.classification import Classification
 from vla_jax.tasks.matching import Matching
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
 from vla_jax.variants import Budget, Outcome, TaskData, Variant
 
-STATEMENT_KINDS = ("binding", "relation", "count")
 TASKS = ("statements", "easy_vqa")
 FUSED = ("gate", "attention", "gate_attention")
 PLACED = ("best_early", "best_late")
@@ -72,7 +71,7 @@ class Config:
         adapter_rates: learning rates tried for everything but full fine-tuning.
         full_rates: learning rates tried for full fine-tuning and the controls.
         budget: steps, batch, seeds and optimiser, the same for every variant.
-        train: training statements.
+        train: training examples of each task, or as many as there are.
         validation: validation examples of each task.
         test: test examples of each task.
         quadruples: Winoground-format quadruples.
@@ -242,8 +241,8 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
             # Tasks differ in the size of their heads; the table shows the first one's.
             row.setdefault("trained", row[f"{task}_trained"])
             row.setdefault("share", row["trained"] / outcomes[variant.name].table.backbone)
-            _report(config, list(rows.values()), workdir)
-    rich.print(_table(config, list(rows.values())).terminal())
+            fusion_report.write(list(rows.values()), config.tasks, config.backbone, workdir)
+    rich.print(fusion_report.table(list(rows.values()), config.tasks, config.backbone).terminal())
     rich.print(f"table, figures and runs: {workdir}")
     return list(rows.values())
 
@@ -270,8 +269,10 @@ def _task(task: str) -> Matching | Classification:
 def _data(config: Config, task: str, backbone: Backbone) -> TaskData:
     preprocess, tokenize = Preprocess(backbone.image_processor), Tokenize(backbone.tokenizer, config.text_length)
     if task == "easy_vqa":
-        limits = {"train": "train", "validation": f"validation[:{config.validation}]", "test": f"test[:{config.test}]"}
-        splits = {split: load_source("easy_vqa", part, config.data_dir) for split, part in limits.items()}
+        sizes = {"train": config.train, "validation": config.validation, "test": config.test}
+        splits = {
+            split: load_source("easy_vqa", f"{split}[:{size}]", config.data_dir) for split, size in sizes.items()
+        }
         transform = TransformExample(preprocess, tokenize, text_key="question", label_key="answer_id")
         return TaskData(_task(task), splits, transform)
     scene = SceneConfig(image_size=backbone.config.image_size)
@@ -334,58 +335,3 @@ def _clusters(task: str, examples: Sequence[Mapping[str, Any]]) -> np.ndarray | 
 def _is_kind(value: Any, kind: str, number: int) -> bool:
     """Whether a stored kind, a label or a text, is this one."""
     return value.decode() == kind if isinstance(value, bytes) else value in (kind, number)
-
-
-def _table(config: Config, rows: list[dict[str, Any]]) -> Table:
-    columns = [
-        Column.text("variant", "variant"),
-        Column.number("trained", "trained", format=",d"),
-        Column.percent("share", "of backbone", ".2f"),
-    ]
-    if "statements" in config.tasks:
-        columns += [
-            Column.accuracy("statements", "statements"),
-            Column.difference("statements_difference", "against indep."),
-        ]
-        columns += [Column.accuracy(f"statements_{kind}", kind) for kind in STATEMENT_KINDS]
-        columns += [Column.accuracy(f"quadruples_{name}", f"quad. {name}") for name in winoground.CHANCE]
-    if "easy_vqa" in config.tasks:
-        columns += [Column.accuracy("easy_vqa", "easy-VQA"), Column.difference("easy_vqa_difference", "against indep.")]
-    first = config.tasks[0]
-    columns += [
-        Column.number(f"{first}_step_seconds", "step", "ms", ",.0f", 1e3),
-        Column.number(f"{first}_step_bytes", "step memory", "MiB", ",.0f", 2**-20),
-        Column.number(f"{first}_adapter_bytes", "saved", "KiB", ",.0f", 2**-10),
-    ]
-    return Table(columns, rows, title=f"Fusion ablation on {config.backbone}")
-
-
-def _report(config: Config, rows: list[dict[str, Any]], workdir: Path) -> None:
-    _table(config, rows).write(workdir, "results")
-    panels = []
-    if "statements" in config.tasks:
-        panels += [Panel("statements", "statements", 0.5)]
-        panels += [Panel(f"statements_{kind}", kind, 0.5) for kind in STATEMENT_KINDS]
-    if "easy_vqa" in config.tasks:
-        panels.append(Panel("easy_vqa", "easy-VQA"))
-    controls = {row["variant"]: row for row in rows if row["group"] == "control"}
-    shown = [row for row in rows if row["group"] != "control"]
-    if shown:
-        dot_plot(
-            shown,
-            panels,
-            workdir / "results.png",
-            group="group",
-            note=lambda row: f"{100 * row['share']:.2f} %",
-            note_title="trained",
-            controls=controls,
-            title="What fusing inside the adapter buys",
-        )
-        accuracy_against_parameters(
-            [row for row in shown if config.tasks[0] in row],
-            workdir / "parameters.png",
-            value=config.tasks[0],
-            parameters="trained",
-            group="group",
-            title=f"Accuracy on {config.tasks[0]} against trained parameters",
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -16,6 +17,20 @@ os.environ.setdefault("NPROC", "64")
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Modules whose signatures say shapes; every call that a test makes into them is checked. It must precede their import.
+install_import_hook(
+    [
+        "vla_jax.adapters.bottleneck",
+        "vla_jax.adapters.fusion",
+        "vla_jax.adapters.lora",
+        "vla_jax.backbones.clip",
+        "vla_jax.backbones.transformer",
+        "vla_jax.tasks",
+    ],
+    "signature_checks.check",
+)
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +43,23 @@ def weights_folder() -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For modules that compile many small programs whose results do not depend on how well they are compiled."""
+@contextlib.contextmanager
+def _quickly_compiled():
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules that compile many small programs whose results do not depend on how well they are compiled."""
+    with _quickly_compiled():
+        yield
+
+
+@pytest.fixture
+def quick_compilation_of_a_test():
+    """The same for single tests of modules in which others look at what the compiler makes."""
+    with _quickly_compiled():
+        yield

@@ -21,7 +21,7 @@ comes back. It knows nothing of adapters beyond the types of this file; adapters
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -126,6 +126,7 @@ class Occupancy(NamedTuple):
     joints: tuple[Joint, ...]
 
 
+@runtime_checkable
 class Adapters(Protocol):
     """What a backbone takes as its ``adapters`` argument: a pytree of parameters that knows where they belong."""
 

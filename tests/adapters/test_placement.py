@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -314,7 +315,7 @@ def test_adapters_in_one_slot_act_in_the_order_of_their_placements(order):
         result = y
         for placement in placements:
             own = jax.tree.map(lambda a: a[0], params[placement.name]["vision"]["mlp_out"])
-            result = placement.method.module().apply({"params": own}, x, result)
+            result = jax.vmap(functools.partial(placement.method.module().apply, {"params": own}))(x, result)
         return result
 
     np.testing.assert_allclose(through_the_slot(params), one_after_the_other(params), rtol=1e-5, atol=1e-5)

@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,4 +75,4 @@ def test_wrong_shapes_and_names_are_refused():
     with pytest.raises(UserError, match=r"\[batch, batch\]"):
         info_nce(jnp.zeros((3, 4)))
     with pytest.raises(UserError, match="info_nce"):
-        contrastive_loss(jnp.zeros((2, 2)), "infonce")
+        inspect.unwrap(contrastive_loss)(jnp.zeros((2, 2)), "infonce")  # without the tests' own check of types

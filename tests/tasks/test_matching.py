@@ -41,8 +41,9 @@ def test_predictions_are_the_logits_and_a_tie_counts_as_false():
     np.testing.assert_allclose(found["score"], logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found["correct"], (logits > 0) == LABELS)
     new = Matching().init(4 * WIDTH)
-    np.testing.assert_array_equal(Matching().predict(new, output(), {"label": LABELS})["correct"], LABELS == 0)
-    np.testing.assert_allclose(Matching().loss(new, output(), {"label": LABELS})[0], np.log(2), rtol=1e-6)
+    batch = {"label": jnp.asarray(LABELS)}
+    np.testing.assert_array_equal(Matching().predict(new, output(), batch)["correct"], LABELS == 0)
+    np.testing.assert_allclose(Matching().loss(new, output(), batch)[0], np.log(2), rtol=1e-6)
 
 
 def test_the_loss_is_a_mean_over_all_devices():

@@ -10,7 +10,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import flax.linen as nn
-import jax
+from jaxtyping import Array, Float
 
 from vla_jax.adapters.base import ACTIVATIONS, Activation, Linear, Method, Sized, check_activation, uniform_fan_in
 from vla_jax.errors import UserError, unknown
@@ -79,8 +79,8 @@ class BottleneckModule(nn.Module):
     method: Bottleneck
 
     @nn.compact
-    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Maps x ``[tokens, in]`` and y ``[tokens, out]`` to y' ``[tokens, out]``."""
+    def __call__(self, x: Float[Array, "tokens in"], y: Float[Array, "tokens out"]) -> Float[Array, "tokens out"]:
+        """Adds to y, the sublayer's output, what the bottleneck makes of y, or of the input x where it is parallel."""
         method, width = self.method, y.shape[-1]
         normal = nn.initializers.normal(0.02)
         zero_up = method.init == "zero_up"

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from vla_jax.adapters.base import ACTIVATIONS, Activation, Linear, Method, Sized, check_activation
 from vla_jax.errors import UserError, unknown
@@ -112,13 +113,18 @@ class FusionModule(nn.Module):
     method: Fusion
 
     @nn.compact
-    def __call__(self, image: jax.Array, text: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self,
+        image: Float[Array, "patches vision_width"],
+        text: Float[Array, "words text_width"],
+        words: Bool[Array, "words"],
+    ) -> tuple[Float[Array, "patches vision_width"], Float[Array, "words text_width"]]:
         """Joins the streams of one example.
 
         Args:
-            image: ``[image tokens, vision width]``.
-            text: ``[text tokens, text width]``.
-            words: ``bool [text tokens]``, false on padding.
+            image: the image stream, class token included.
+            text: the text stream.
+            words: false on padding.
 
         Returns:
             Both streams, in the same shapes.
@@ -162,19 +168,21 @@ class Side(nn.Module):
         if self.hears and method.gates:
             self.gate = Linear(self.rank)
 
-    def down(self, stream: jax.Array) -> jax.Array:
-        """``[tokens, width]`` to ``[tokens, rank]``."""
+    def down(self, stream: Float[Array, "tokens width"]) -> Float[Array, "tokens rank"]:
+        """Into the common width."""
         if self.method.layer_norm:
             stream = self.norm(stream).astype(stream.dtype)
         return self.reduce(stream)
 
-    def listen(self, hidden: jax.Array, other: jax.Array, seen: jax.Array) -> jax.Array:
+    def listen(
+        self, hidden: Float[Array, "tokens rank"], other: Float[Array, "others rank"], seen: Bool[Array, "others"]
+    ) -> Float[Array, "tokens rank"]:
         """Lets in what the other stream says.
 
         Args:
-            hidden: this stream's ``[tokens, rank]``.
-            other: the other stream's ``[other tokens, rank]``.
-            seen: ``bool [other tokens]``, false on padding.
+            hidden: this stream in the common width.
+            other: the other one.
+            seen: false on padding of the other one.
         """
         heard = self._attend(hidden, other, seen) if self.method.attends else _mean(other, seen)
         heard = jnp.broadcast_to(heard, hidden.shape)
@@ -182,11 +190,15 @@ class Side(nn.Module):
             heard = jax.nn.sigmoid(self.gate(jnp.concatenate([hidden, heard], -1))) * heard
         return hidden + heard
 
-    def up(self, stream: jax.Array, hidden: jax.Array) -> jax.Array:
+    def up(
+        self, stream: Float[Array, "tokens width"], hidden: Float[Array, "tokens rank"]
+    ) -> Float[Array, "tokens width"]:
         """Adds the bottleneck's output to the stream."""
         return stream + self.method.scale * self.expand(ACTIVATIONS[self.method.activation](hidden))
 
-    def _attend(self, hidden: jax.Array, other: jax.Array, seen: jax.Array) -> jax.Array:
+    def _attend(
+        self, hidden: Float[Array, "tokens rank"], other: Float[Array, "others rank"], seen: Bool[Array, "others"]
+    ) -> Float[Array, "tokens rank"]:
         heads = self.method.heads
 
         def to_heads(a: jax.Array) -> jax.Array:
@@ -199,7 +211,7 @@ class Side(nn.Module):
         return (weights @ value).swapaxes(0, 1).reshape(hidden.shape)
 
 
-def _mean(tokens: jax.Array, seen: jax.Array) -> jax.Array:
-    """The mean of the tokens that are seen, ``[rank]``."""
+def _mean(tokens: Float[Array, "tokens rank"], seen: Bool[Array, "tokens"]) -> Float[Array, "rank"]:
+    """The mean of the tokens that are seen."""
     weights = seen.astype(jnp.float32)
     return ((weights @ tokens.astype(jnp.float32)) / weights.sum()).astype(tokens.dtype)

@@ -9,8 +9,8 @@ import dataclasses
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from vla_jax.adapters.base import Method, uniform_fan_in
 from vla_jax.errors import UserError
@@ -74,8 +74,8 @@ class LoRAModule(nn.Module):
     method: LoRA
 
     @nn.compact
-    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Maps x ``[tokens, in]`` and y ``[tokens, out]`` to y' ``[tokens, out]``."""
+    def __call__(self, x: Float[Array, "tokens in"], y: Float[Array, "tokens out"]) -> Float[Array, "tokens out"]:
+        """Adds the update of what the map made of x to y, which is what it made."""
         method = self.method
         a = self.param("a", uniform_fan_in, (x.shape[-1], method.rank), jnp.float32)
         b = self.param("b", nn.initializers.zeros, (method.rank, y.shape[-1]), jnp.float32)

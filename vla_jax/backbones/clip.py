@@ -5,15 +5,22 @@ Parameter names are listed in ``docs/architecture.md``; :mod:`vla_jax.backbones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.transformer import Compute, init_blocks, layer_norm, run_blocks
 from vla_jax.errors import UserError
 from vla_jax.slots import Adapters, Occupancy, Segment, between, empty_slot, vacant
+
+Given = jax.Array | np.ndarray
+"""An array from outside: what comes from a pipeline may not have met a device yet."""
 
 
 @flax.struct.dataclass
@@ -71,7 +78,7 @@ class CLIPOutput:
         return self.scale * jnp.sum(normalise(self.image_features) * normalise(self.text_features), -1)
 
 
-def normalise(features: jax.Array) -> jax.Array:
+def normalise(features: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
     """Features of length one, in float32 for the norm's sake."""
     features = features.astype(jnp.float32)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
@@ -85,8 +92,8 @@ class PatchEmbedding(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
-        """``[batch, size, size, 3]`` to ``[batch, patches, width]``, row by row."""
+    def __call__(self, image: Float[Given, "batch size size 3"]) -> Float[Array, "batch patches width"]:
+        """Maps the patches, row by row."""
         patch = self.patch_size
         kernel = self.param("kernel", nn.initializers.normal(0.02), (patch, patch, 3, self.width))
         batch, size = image.shape[0], image.shape[1]
@@ -113,20 +120,24 @@ class VisionTower(nn.Module):
         self.post_norm = layer_norm(config.vision, self.compute)
         self.projection = nn.Dense(config.projection, use_bias=False, dtype=self.compute.dtype)
 
-    def embed(self, image: jax.Array) -> jax.Array:
-        """``[batch, size, size, 3]`` to ``[batch, 1 + patches, width]``."""
+    def embed(self, image: Float[Given, "batch size size 3"]) -> Float[Array, "batch patches width"]:
+        """The class token and the patches as they enter the first block."""
         dtype = self.compute.dtype
         patches = self.patch_embedding(image)
         first = jnp.broadcast_to(self.class_embedding.astype(dtype), (patches.shape[0], 1, patches.shape[-1]))
         stream = jnp.concatenate([first, patches], axis=1) + self.position_embedding.astype(dtype)
         return self.pre_norm(stream)
 
-    def run(self, stream: jax.Array, segments: tuple[Segment, ...], hidden: bool) -> tuple[jax.Array, list[jax.Array]]:
+    def run(
+        self, stream: Float[Array, "batch patches width"], segments: Sequence[Segment], hidden: bool
+    ) -> tuple[Float[Array, "batch patches width"], list[Float[Array, "_ batch patches width"]]]:
         """Runs the blocks of ``segments``; see :func:`run_blocks`."""
         return run_blocks(self.config.vision, self.compute, self.blocks, stream, None, segments, hidden=hidden)
 
-    def pool(self, stream: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The class token after the last LayerNorm, ``[batch, width]``, and its projection."""
+    def pool(
+        self, stream: Float[Array, "batch patches width"]
+    ) -> tuple[Float[Array, "batch width"], Float[Array, "batch projection"]]:
+        """The class token after the last LayerNorm, and its projection."""
         pooled = self.post_norm(stream[:, 0])
         return pooled, self.projection(pooled)
 
@@ -146,15 +157,19 @@ class TextTower(nn.Module):
         self.post_norm = layer_norm(config.text, self.compute)
         self.projection = nn.Dense(config.projection, use_bias=False, dtype=self.compute.dtype)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """``int32 [batch, length]`` to ``[batch, length, width]``."""
+    def embed(self, tokens: Int[Given, "batch length"]) -> Float[Array, "batch length width"]:
+        """The tokens as they enter the first block."""
         embedded = jnp.take(self.token_embedding, tokens, axis=0) + self.position_embedding[: tokens.shape[1]]
         return embedded.astype(self.compute.dtype)
 
     def run(
-        self, stream: jax.Array, text_mask: jax.Array | None, segments: tuple[Segment, ...], hidden: bool
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """Runs the blocks of ``segments`` causally, padding unseen where a mask ``bool [batch, length]`` is given."""
+        self,
+        stream: Float[Array, "batch length width"],
+        text_mask: Shaped[Given, "batch length"] | None,
+        segments: Sequence[Segment],
+        hidden: bool,
+    ) -> tuple[Float[Array, "batch length width"], list[Float[Array, "_ batch length width"]]]:
+        """Runs the blocks of ``segments`` causally, padding unseen where a mask is given."""
         length = stream.shape[1]
         seen = jnp.tril(jnp.ones((length, length), bool))[None, None]  # [1, 1, length, length]
         if text_mask is not None:
@@ -162,15 +177,17 @@ class TextTower(nn.Module):
         bias = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
         return run_blocks(self.config.text, self.compute, self.blocks, stream, bias, segments, hidden=hidden)
 
-    def pool(self, stream: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Every token after the last LayerNorm, the pooled one ``[batch, width]``, and its projection."""
+    def pool(
+        self, stream: Float[Array, "batch length width"], tokens: Int[Given, "batch length"]
+    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch width"], Float[Array, "batch projection"]]:
+        """Every token after the last LayerNorm, the pooled one, and its projection."""
         stream = self.post_norm(stream)
         pooled = jnp.take_along_axis(stream, pool_position(self.config, tokens)[:, None, None], axis=1)[:, 0]
         return stream, pooled, self.projection(pooled)
 
 
-def pool_position(config: CLIPConfig, tokens: jax.Array) -> jax.Array:
-    """Where each text's feature is read, ``int32 [batch]``: its first end-of-text token or its largest token id."""
+def pool_position(config: CLIPConfig, tokens: Int[Given, "batch length"]) -> Int[Array, "batch"]:
+    """Where each text's feature is read: its first end-of-text token or its largest token id."""
     if config.pooling == "largest_id":
         return jnp.argmax(tokens, axis=-1)
     return jnp.argmax(tokens == config.eos_token_id, axis=-1)
@@ -195,12 +212,12 @@ class CLIP(nn.Module):
 
     def __call__(
         self,
-        images: jax.Array | None = None,
-        tokens: jax.Array | None = None,
-        text_mask: jax.Array | None = None,
+        images: Float[Given, "images size size 3"] | None = None,
+        tokens: Int[Given, "texts length"] | None = None,
+        text_mask: Shaped[Given, "texts length"] | None = None,
         *,
         adapters: Adapters | None = None,
-        route: jax.Array | None = None,
+        route: Int[Given, "texts"] | None = None,
         key: jax.Array | None = None,
         after: Prefix | None = None,
         hidden_states: bool = False,
@@ -208,12 +225,12 @@ class CLIP(nn.Module):
         """Encodes images, texts or both.
 
         Args:
-            images: ``float [batch, size, size, 3]``, or None.
-            tokens: ``int32 [batch, length]``, or None. The batch may differ from the images' where no joint stands.
-            text_mask: ``bool [batch, length]``, false on padding; None where texts are not to be masked. Causal
+            images: normalised pixels, or None.
+            tokens: token ids, or None. As many texts as images where a joint stands.
+            text_mask: false on padding; None where texts are not to be masked. Causal
                 attention already hides what follows a text, so that the pooled feature does not depend on it.
             adapters: what sits in the slots; None for the plain backbone.
-            route: ``int32 [batch]``, each example's task for adapters stacked over tasks, -1 for the bare backbone.
+            route: each example's task for adapters stacked over tasks, -1 for the bare backbone.
             key: dropout key of this step; None for evaluation.
             after: streams to go on from instead of starting at ``images`` and the token embeddings; ``tokens`` are
                 still needed for texts. Nothing may sit in the slots already passed.
@@ -247,9 +264,9 @@ class CLIP(nn.Module):
 
     def prefix(
         self,
-        images: jax.Array | None = None,
-        tokens: jax.Array | None = None,
-        text_mask: jax.Array | None = None,
+        images: Float[Given, "images size size 3"] | None = None,
+        tokens: Int[Given, "texts length"] | None = None,
+        text_mask: Shaped[Given, "texts length"] | None = None,
         *,
         image_layers: int,
         text_layers: int,
@@ -314,8 +331,10 @@ class CLIP(nn.Module):
             at = to
         return image, text, {tower: jnp.concatenate(parts) if parts else None for tower, parts in hidden.items()}
 
-    def _words(self, tokens: jax.Array, text_mask: jax.Array | None) -> jax.Array:
-        """Which tokens belong to the text, ``bool [batch, length]``: without a mask, those up to the pooled one."""
+    def _words(
+        self, tokens: Int[Given, "batch length"], text_mask: Shaped[Given, "batch length"] | None
+    ) -> Bool[Array, "batch length"]:
+        """Which tokens belong to the text: without a mask, those up to the pooled one."""
         if text_mask is not None:
             return text_mask.astype(bool)
         return jnp.arange(tokens.shape[1]) <= pool_position(self.config, tokens)[:, None]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from vla_jax.errors import UserError, unknown
 from vla_jax.mesh import keep_batch_cut
@@ -98,12 +99,17 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array | None, slot: Slot) -> jax.Array:
-        """Maps x ``[batch, tokens, width]``.
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        bias: Float[Array, "#batch 1 tokens tokens"] | None,
+        slot: Slot,
+    ) -> Float[Array, "batch tokens width"]:
+        """Mixes tokens.
 
         Args:
             x: the normalised residual stream.
-            bias: added to the scores, broadcast to ``[batch, 1, tokens, tokens]``; None lets everything be seen.
+            bias: added to the scores; None lets everything be seen.
             slot: what sits in the attention's slots.
         """
         config = self.config
@@ -139,8 +145,8 @@ class Mlp(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array, slot: Slot) -> jax.Array:
-        """Maps x ``[batch, tokens, width]`` to the same shape."""
+    def __call__(self, x: Float[Array, "batch tokens width"], slot: Slot) -> Float[Array, "batch tokens width"]:
+        """Maps each token for itself."""
         hidden = slot("mlp_fc1", x, nn.Dense(self.config.mlp_width, dtype=self.compute.dtype, name="fc1")(x))
         hidden = ACTIVATIONS[self.config.activation](hidden)
         return slot("mlp_fc2", hidden, nn.Dense(self.config.width, dtype=self.compute.dtype, name="fc2")(hidden))
@@ -153,8 +159,13 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, stream: jax.Array, bias: jax.Array | None, slot: Slot) -> jax.Array:
-        """Maps the residual stream ``[batch, tokens, width]``; ``bias`` as in :class:`Attention`."""
+    def __call__(
+        self,
+        stream: Float[Array, "batch tokens width"],
+        bias: Float[Array, "#batch 1 tokens tokens"] | None,
+        slot: Slot,
+    ) -> Float[Array, "batch tokens width"]:
+        """Adds both sublayers to the residual stream; ``bias`` as in :class:`Attention`."""
         x = layer_norm(self.config, self.compute, "norm1")(stream)
         attended = Attention(self.config, self.compute, name="attn")(slot("attn_in", x, x), bias, slot)
         middle = stream + slot("attn_sublayer", x, attended)
@@ -174,26 +185,26 @@ def run_blocks(
     config: TowerConfig,
     compute: Compute,
     params: Mapping[str, Any],
-    stream: jax.Array,
-    bias: jax.Array | None,
+    stream: Float[Array, "batch tokens width"],
+    bias: Float[Array, "#batch 1 tokens tokens"] | None,
     segments: Sequence[Segment],
     *,
     hidden: bool = False,
-) -> tuple[jax.Array, list[jax.Array]]:
+) -> tuple[Float[Array, "batch tokens width"], list[Float[Array, "_ batch tokens width"]]]:
     """Runs consecutive blocks, one scan a segment.
 
     Args:
         config: the tower's shape.
         compute: how to run it.
         params: stacked parameters of all blocks of the tower.
-        stream: ``[batch, tokens, width]``.
-        bias: added to attention scores, broadcast to ``[batch, 1, tokens, tokens]``; None lets everything be seen.
+        stream: the residual stream.
+        bias: added to attention scores; None lets everything be seen.
         segments: which blocks, and what sits in their slots; they need not cover the whole depth.
         hidden: whether to hand out every block's output, which keeps them all in memory.
 
     Returns:
-        The stream after the last block, and the blocks' outputs ``[layers, batch, tokens, width]``, one array a
-        segment; no arrays unless ``hidden``.
+        The stream after the last block, and the blocks' outputs, stacked, one array a segment; no arrays unless
+        ``hidden``.
     """
     # Outside the module tree: its parameters are slices of the tower's.
     block = Block(config, compute, parent=None)

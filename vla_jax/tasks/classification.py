@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from vla_jax.backbones.clip import CLIPOutput
 from vla_jax.errors import UserError
@@ -35,11 +36,11 @@ class Classification:
         """The head for this many features."""
         return {"classifier": linear_head(features, self.classes)}
 
-    def logits(self, head: Tree, output: CLIPOutput) -> jax.Array:
-        """``[batch, classes]``."""
+    def logits(self, head: Tree, output: CLIPOutput) -> Float[Array, "batch classes"]:
+        """One logit a class."""
         return apply_linear(head["classifier"], pair_features(output))
 
-    def loss(self, head: Tree, output: CLIPOutput, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict]:
+    def loss(self, head: Tree, output: CLIPOutput, batch: Mapping[str, jax.Array]) -> tuple[Float[Array, ""], dict]:
         """Mean cross-entropy over the global batch, and accuracy."""
         logits = self.logits(head, output)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])

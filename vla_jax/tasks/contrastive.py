@@ -17,7 +17,7 @@ from vla_jax.errors import UserError, unknown
 Loss = Literal["info_nce", "sigmoid"]
 
 
-def info_nce(logits: jax.Array) -> jax.Array:
+def info_nce(logits: Float[Array, "images texts"]) -> Float[Array, ""]:
     """Symmetric InfoNCE: each image picks its text, each text its image (Radford et al. 2021, figure 3).
 
     Args:
@@ -36,7 +36,7 @@ def info_nce(logits: jax.Array) -> jax.Array:
     return (of_images.mean() + of_texts.mean()) / 2
 
 
-def sigmoid(logits: jax.Array, bias: jax.Array | float = 0.0) -> jax.Array:
+def sigmoid(logits: Float[Array, "images texts"], bias: Float[Array, ""] | float = 0.0) -> Float[Array, ""]:
     """The sigmoid loss of SigLIP: each pair is judged for itself (Zhai et al. 2023, equation 1).
 
     Args:
@@ -54,7 +54,9 @@ def sigmoid(logits: jax.Array, bias: jax.Array | float = 0.0) -> jax.Array:
     return optax.sigmoid_binary_cross_entropy(logits + bias, jnp.eye(count)).sum() / count
 
 
-def contrastive_loss(logits: jax.Array, loss: Loss = "info_nce", bias: jax.Array | float = 0.0) -> jax.Array:
+def contrastive_loss(
+    logits: Float[Array, "images texts"], loss: Loss = "info_nce", bias: Float[Array, ""] | float = 0.0
+) -> Float[Array, ""]:
     """One of the losses by name; ``bias`` is used by ``sigmoid`` alone.
 
     Raises:
@@ -67,7 +69,7 @@ def contrastive_loss(logits: jax.Array, loss: Loss = "info_nce", bias: jax.Array
     raise unknown("contrastive loss", loss, ("info_nce", "sigmoid"))
 
 
-def matched_first(logits: jax.Array) -> dict[str, jax.Array]:
+def matched_first(logits: Float[Array, "images texts"]) -> dict[str, Float[Array, ""]]:
     """Shares of images, and of texts, whose own partner scores strictly highest in the batch, float32 []."""
     logits = _square(logits)
     others = jnp.where(jnp.eye(logits.shape[0], dtype=bool), -jnp.inf, logits)

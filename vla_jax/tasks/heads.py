@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from vla_jax.backbones.clip import CLIPOutput, normalise
 from vla_jax.names import Tree
 
 
-def pair_features(output: CLIPOutput) -> jax.Array:
-    """``[batch, n * projection]``: u, v, u * v and |u - v| of the normalised features, or the one that there is.
+def pair_features(output: CLIPOutput) -> Float[Array, "batch features"]:
+    """u, v, u * v and |u - v| of the normalised features, or the one that there is.
 
     Each normalised feature is scaled by the square root of its width, so that its entries are of the order of one.
     """
@@ -27,12 +28,12 @@ def linear_head(features: int, outputs: int) -> dict[str, jax.Array]:
     return {"kernel": jnp.zeros((features, outputs), jnp.float32), "bias": jnp.zeros((outputs,), jnp.float32)}
 
 
-def apply_linear(head: Tree, features: jax.Array) -> jax.Array:
-    """``[batch, features]`` to ``[batch, outputs]``, in float32."""
+def apply_linear(head: Tree, features: Float[Array, "batch features"]) -> Float[Array, "batch outputs"]:
+    """The head's outputs, in float32."""
     return features.astype(jnp.float32) @ head["kernel"] + head["bias"]
 
 
-def masked_mean(values: jax.Array, valid: jax.Array | None) -> jax.Array:
+def masked_mean(values: Float[Array, "batch"], valid: Bool[Array, "batch"] | None) -> Float[Array, ""]:
     """The mean over the global batch, of valid rows alone where there is a mask."""
     if valid is None:
         return values.mean()

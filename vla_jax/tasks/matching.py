@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from vla_jax.backbones.clip import CLIPOutput
 from vla_jax.names import Tree
@@ -28,11 +29,11 @@ class Matching:
         """The head for this many features."""
         return {"classifier": linear_head(features, 1)}
 
-    def logits(self, head: Tree, output: CLIPOutput) -> jax.Array:
-        """``[batch]``, positive where the pair matches."""
+    def logits(self, head: Tree, output: CLIPOutput) -> Float[Array, "batch"]:
+        """Positive where the pair matches."""
         return apply_linear(head["classifier"], pair_features(output))[:, 0]
 
-    def loss(self, head: Tree, output: CLIPOutput, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict]:
+    def loss(self, head: Tree, output: CLIPOutput, batch: Mapping[str, jax.Array]) -> tuple[Float[Array, ""], dict]:
         """Mean binary cross-entropy over the global batch, and accuracy."""
         logits, label = self.logits(head, output), batch["label"]
         losses = optax.sigmoid_binary_cross_entropy(logits, label.astype(jnp.float32))

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.backbones.clip import normalise
 from vla_jax.data.scenes.vocabulary import ATTRIBUTES, NUMBERS, PLACES
@@ -71,16 +72,18 @@ class SceneHeads(nn.Module):
         self.numbers = nn.Dense(_NAMED * len(NUMBERS))
         self.norm = nn.LayerNorm(use_bias=False, use_scale=False)
 
-    def __call__(self, patch_tokens: jax.Array, features: jax.Array) -> tuple[jax.Array, FeatureLogits]:
+    def __call__(
+        self, patch_tokens: Float[Array, "batch patches width"], features: Float[Array, "_ projection"]
+    ) -> tuple[jax.Array, FeatureLogits]:
         """All logits; see the methods."""
         return self.of_patches(patch_tokens), self.of_features(features)
 
-    def of_patches(self, patch_tokens: jax.Array) -> jax.Array:
-        """``[batch, patches, width]``, class token left out, to ``[batch, patches, classes]``."""
+    def of_patches(self, patch_tokens: Float[Array, "batch patches width"]) -> Float[Array, "batch patches classes"]:
+        """What each patch, the class token left out, tells."""
         return self.patches(self.norm(patch_tokens))
 
-    def of_features(self, features: jax.Array) -> FeatureLogits:
-        """What ``[batch, projection]`` tells."""
+    def of_features(self, features: Float[Array, "batch projection"]) -> FeatureLogits:
+        """What each image, or text, tells."""
         code = normalise(features) * features.shape[-1] ** 0.5
         return FeatureLogits(
             self.cells(code).reshape(-1, len(PLACES), _CLASSES),
@@ -111,15 +114,17 @@ def cell_of_patch(grid: int) -> np.ndarray:
     return (3 * line[:, None] + line[None, :]).astype(int).ravel()
 
 
-def attribute_loss(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def attribute_loss(
+    logits: Float[Array, "batch places classes"], labels: Int[Array, "batch places 4"]
+) -> tuple[Float[Array, ""], Float[Array, "4"]]:
     """The mean cross-entropy over places and attributes, and the accuracy where there is an object.
 
     Args:
-        logits: ``[batch, places, classes]``.
-        labels: int32 ``[batch, places, 4]``, as :func:`cell_labels` gives them.
+        logits: of all attributes in a row.
+        labels: as :func:`cell_labels` gives them.
 
     Returns:
-        The loss, float32 []; the accuracy of each attribute, float32 [4].
+        The loss, and the accuracy of each attribute.
     """
     losses, accuracies = [], []
     for attribute, part in enumerate(jnp.split(logits.astype(jnp.float32), _SPLITS, axis=-1)):
@@ -131,8 +136,8 @@ def attribute_loss(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax
     return jnp.stack(losses).mean(), jnp.stack(accuracies)
 
 
-def pairing_labels(labels: jax.Array) -> jax.Array:
-    """Which pairs of attribute values some object has together: ``[batch, cells, 4]`` to bool ``[batch, pairings]``."""
+def pairing_labels(labels: Int[Array, "batch cells 4"]) -> Bool[Array, "batch pairings"]:
+    """Which pairs of attribute values some object has together."""
     parts = []
     for first, second in _BOUND:
         one = jax.nn.one_hot(labels[..., first] - 1, VALUES[first])  # an absent object's -1 has no one
@@ -142,20 +147,20 @@ def pairing_labels(labels: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def pairing_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean binary cross-entropy of :func:`pairing_labels`, float32 []."""
+def pairing_loss(logits: Float[Array, "batch pairings"], labels: Int[Array, "batch cells 4"]) -> Float[Array, ""]:
+    """The mean binary cross-entropy of :func:`pairing_labels`."""
     targets = pairing_labels(labels).astype(jnp.float32)
     return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets).mean()
 
 
-def order_labels(labels: jax.Array) -> jax.Array:
+def order_labels(labels: Int[Array, "batch cells 4"]) -> Bool[Array, "batch 2 values values"]:
     """Which value lies before which, whatever objects have it.
 
     Args:
-        labels: int32 ``[batch, cells, 4]``, as :func:`cell_labels` gives them.
+        labels: as :func:`cell_labels` gives them.
 
     Returns:
-        bool ``[batch, 2, shapes and colours, shapes and colours]``: across (left of) and down (above), whether an
+        For shapes and colours: across (left of) and down (above), whether an
         object of the first value lies before one of the second and none the other way round. False between a shape and
         a colour.
     """
@@ -170,15 +175,17 @@ def order_labels(labels: jax.Array) -> jax.Array:
     return jnp.concatenate([shapes, colors], axis=2)
 
 
-def order_loss(coordinates: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def order_loss(
+    coordinates: Float[Array, "batch 2 values"], labels: Int[Array, "batch cells 4"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The mean logistic loss of the differences of coordinates that are in order (Bradley-Terry), and their accuracy.
 
     Args:
-        coordinates: ``[batch, 2, shapes and colours]``.
-        labels: int32 ``[batch, cells, 4]``, as :func:`cell_labels` gives them.
+        coordinates: of shapes and colours.
+        labels: as :func:`cell_labels` gives them.
 
     Returns:
-        The loss and the share of pairs in the right order, float32 [] each; 0 for a batch without a pair in order.
+        The loss and the share of pairs in the right order; 0 for a batch without a pair in order.
     """
     coordinates = coordinates.astype(jnp.float32)
     ordered = order_labels(labels)
@@ -188,13 +195,13 @@ def order_loss(coordinates: jax.Array, labels: jax.Array) -> tuple[jax.Array, ja
     return loss, jnp.where(ordered, apart > 0, False).sum() / pairs
 
 
-def number_labels(labels: jax.Array) -> jax.Array:
-    """How many objects have each shape and colour: ``[batch, cells, 4]`` to int32 ``[batch, shapes and colours]``."""
+def number_labels(labels: Int[Array, "batch cells 4"]) -> Int[Array, "batch values"]:
+    """How many objects have each shape and each colour."""
     counts = [jax.nn.one_hot(labels[..., a] - 1, VALUES[a], dtype=jnp.int32).sum(1) for a in _NAMING]
     return jnp.concatenate(counts, axis=-1)
 
 
-def number_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean cross-entropy of :func:`number_labels` under ``[batch, shapes and colours, 6]``, float32 []."""
+def number_loss(logits: Float[Array, "batch values 6"], labels: Int[Array, "batch cells 4"]) -> Float[Array, ""]:
+    """The mean cross-entropy of :func:`number_labels`."""
     targets = number_labels(labels)
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets).mean()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from vla_jax.data.scenes.vocabulary import ATTRIBUTES, COLORS, PLACES, SHAPES, SIZES, TEXTURES
+from vla_jax.data.scenes.vocabulary import ATTRIBUTES, COLORS, PLACES, SHAPES, SIZES, STATEMENT_KINDS, TEXTURES
 from vla_jax.errors import UserError, unknown
 
 SPLITS = ("train", "validation", "test")
@@ -132,7 +132,7 @@ class SceneConfig:
     small: tuple[float, float] = (0.19, 0.22)
     large: tuple[float, float] = (0.28, 0.305)
     caption_weights: CaptionWeights = field(default_factory=CaptionWeights)
-    statement_kinds: tuple[str, ...] = ("binding", "relation", "count")
+    statement_kinds: tuple[str, ...] = STATEMENT_KINDS
     question_kinds: tuple[str, ...] = ("exist", "color", "shape", "count", "place")
     quadruple_tags: tuple[str, ...] = ("Object", "Attribute", "Relation")
     binding_attributes: tuple[str, ...] = ("color",)

@@ -41,6 +41,9 @@ RELATIONS: dict[str, tuple[int, int]] = {
     "below": (1, 1),
 }
 
+STATEMENT_KINDS = ("binding", "relation", "count")
+"""What statements are about."""
+
 ANSWERS = ("yes", "no", *SHAPES, *COLORS, *NUMBERS[1:], *PLACES)
 """Every answer of `questions`; an answer's id is its index here."""
 
