@@ -69,7 +69,8 @@ class Config:
         heads: attention heads of the fusion adapters.
         lora_rank: rank of LoRA on queries and values.
         adapter_rates: learning rates tried for everything but full fine-tuning.
-        full_rates: learning rates tried for full fine-tuning and the controls.
+        full_rates: learning rates tried for full fine-tuning.
+        control_rates: learning rates tried for the controls, which train everything too.
         budget: steps, batch, seeds and optimiser, the same for every variant.
         train: training examples of each task, or as many as there are.
         validation: validation examples of each task.
@@ -91,9 +92,13 @@ class Config:
     lora_rank: int = 8
     adapter_rates: tuple[float, ...] = (2e-3, 6e-3)
     full_rates: tuple[float, ...] = (3e-4, 1e-3)
+    control_rates: tuple[float, ...] = (1e-3,)
     budget: Budget = dataclasses.field(
         default_factory=lambda: Budget(
-            steps=300, batch_size=64, optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01)
+            steps=200,
+            selection_share=0.2,
+            batch_size=64,
+            optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
         )
     )
     train: int = 16_000
@@ -139,6 +144,7 @@ PRESETS = {
         preset="full",
         adapter_rates=(1e-3, 2e-3, 6e-3),
         full_rates=(1e-4, 3e-4, 1e-3),
+        control_rates=(3e-4, 1e-3),
         budget=Budget(
             steps=4000,
             selection_share=1.0,
@@ -169,10 +175,11 @@ def variants(config: Config, backbone: Backbone) -> Iterator[Variant]:
 def _variant(config: Config, name: str) -> Variant:
     rates = {"learning_rates": config.adapter_rates}
     full = {"learning_rates": config.full_rates, "rules": "full"}
+    control = {"learning_rates": config.control_rates, "rules": "full", "group": "control"}
     if name == "text_only":
-        return Variant(name, "text only (control)", modalities=("text",), group="control", **full)
+        return Variant(name, "text only (control)", modalities=("text",), **control)
     if name == "image_only":
-        return Variant(name, "image only (control)", modalities=("image",), group="control", **full)
+        return Variant(name, "image only (control)", modalities=("image",), **control)
     if name == "linear":
         return Variant(name, "linear head alone", rules="linear_probe", group="no adapter", **rates)
     if name == "full":
@@ -270,9 +277,7 @@ def _data(config: Config, task: str, backbone: Backbone) -> TaskData:
     preprocess, tokenize = Preprocess(backbone.image_processor), Tokenize(backbone.tokenizer, config.text_length)
     if task == "easy_vqa":
         sizes = {"train": config.train, "validation": config.validation, "test": config.test}
-        splits = {
-            split: load_source("easy_vqa", f"{split}[:{size}]", config.data_dir) for split, size in sizes.items()
-        }
+        splits = {split: load_source("easy_vqa", f"{split}[:{size}]", config.data_dir) for split, size in sizes.items()}
         transform = TransformExample(preprocess, tokenize, text_key="question", label_key="answer_id")
         return TaskData(_task(task), splits, transform)
     scene = SceneConfig(image_size=backbone.config.image_size)
