@@ -95,6 +95,20 @@ def test_the_rate_with_the_best_validation_accuracy_is_kept_and_only_that_has_fu
         assert _run(folder, rate, 1).exists() == (rate == outcome.learning_rate)
 
 
+def test_a_variant_may_be_looked_at_later_than_the_others(tmp_path):
+    patient = dataclasses.replace(LINEAR, name="patient", selection_share=1.0)
+    assert (BUDGET.selection_steps(LINEAR), BUDGET.selection_steps(patient)) == (3, 6)
+    chosen = _comparison(tmp_path).run(patient)
+    at_the_end = {}
+    for rate in patient.learning_rates:
+        results = sorted(path.name for path in (tmp_path / "patient" / f"learning_rate_{rate:g}" / "seed_0").glob("r*"))
+        assert results == ["result_6.json"]
+        path = tmp_path / "patient" / f"learning_rate_{rate:g}" / "seed_0" / "result_6.json"
+        at_the_end[rate] = json.loads(path.read_text())["validation"]
+    assert chosen.validation == at_the_end
+    assert chosen.validated == max(at_the_end.values())
+
+
 def test_only_chosen_runs_look_at_test_data(folder, outcome):
     for rate in LINEAR.learning_rates:
         for seed in BUDGET.seeds:
@@ -238,3 +252,5 @@ def test_settings_that_make_no_comparison_are_refused():
         Budget(steps=0)
     with pytest.raises(UserError, match=r"selection_share .* got 0"):
         Budget(selection_share=0)
+    with pytest.raises(UserError, match=r"selection_share .* got 1.5"):
+        dataclasses.replace(LINEAR, selection_share=1.5)

@@ -127,7 +127,7 @@ class _VariantRun:
     def outcome(self) -> Outcome:
         """Chooses the learning rate, trains on every seed, tests; what is finished is read."""
         rates, seeds = self.variant.learning_rates, self.budget.seeds
-        look = self.budget.selection_steps if len(rates) > 1 else self.budget.steps
+        look = self.budget.selection_steps(self.variant) if len(rates) > 1 else self.budget.steps
         validation = {rate: self._run(rate, seeds[0], look)["validation"] for rate in rates}
         best = max(validation, key=validation.get)
         results = [self._run(best, seed, self.budget.steps) for seed in seeds]
@@ -200,7 +200,7 @@ class _VariantRun:
             "backbone": self.identity.fingerprint,
             "model": self.identity.adapters,
             "steps": budget.steps,
-            "selection_steps": budget.selection_steps,
+            "selection_steps": budget.selection_steps(self.variant),
             "batch_size": budget.batch_size,
             "optimizer": dataclasses.asdict(dataclasses.replace(budget.optimizer, learning_rate=0.0)),
             "dtype": self.comparison.compute.dtype,

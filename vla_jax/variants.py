@@ -27,6 +27,8 @@ class Variant:
         modalities: what the model is shown.
         group: the family it is drawn with.
         learning_rates: the grid from which its own is chosen on validation data.
+        selection_share: share of the steps after which it is chosen; the budget's if None. What costs little can afford
+            to be looked at after all of them.
     """
 
     name: str
@@ -36,8 +38,11 @@ class Variant:
     modalities: tuple[str, ...] = MODALITIES
     group: str = "adapters"
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    selection_share: float | None = None
 
     def __post_init__(self):
+        if self.selection_share is not None:
+            _check_share(self.selection_share)
         if not self.learning_rates:
             raise UserError(f"variant {self.name!r} has no learning rate to choose from")
 
@@ -71,15 +76,17 @@ class Budget:
             raise UserError(f"seeds name one twice: {', '.join(map(str, self.seeds))}")
         if min(self.steps, self.batch_size, self.checkpoint_every, self.log_every) < 1:
             raise UserError("steps, batch_size, checkpoint_every and log_every must be at least 1")
-        if not 0 < self.selection_share <= 1:
-            raise UserError(
-                f"selection_share is a share of the steps, above 0 and at most 1; got {self.selection_share}"
-            )
+        _check_share(self.selection_share)
 
-    @property
-    def selection_steps(self) -> int:
-        """The step after which the learning rate is chosen."""
-        return max(1, round(self.selection_share * self.steps))
+    def selection_steps(self, variant: Variant) -> int:
+        """The step after which a variant's learning rate is chosen."""
+        share = self.selection_share if variant.selection_share is None else variant.selection_share
+        return max(1, round(share * self.steps))
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise UserError(f"selection_share is a share of the steps, above 0 and at most 1; got {share}")
 
 
 @dataclasses.dataclass(frozen=True)
