@@ -5,6 +5,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import CONFIG, PLACEMENTS, backbone, batch, drawn_params, model
@@ -147,7 +148,8 @@ def test_only_adapters_with_tasks_ask_for_the_route():
 def test_dropout_follows_the_key_in_training_and_is_off_in_predictions():
     given, rows = model(PLACEMENTS[1:2]), batch()
     params = drawn_params(given)
-    loss = jax.jit(lambda key: given.loss(params, rows, key)[0])
+    on_device = jax.tree.map(jnp.asarray, rows)
+    loss = jax.jit(lambda key: given.loss(params, on_device, key)[0])
     first, again, other = (float(loss(jax.random.key(k))) for k in (0, 0, 1))
     assert first == again != other
     # Without a key nothing is dropped.

@@ -285,7 +285,7 @@ class CLIP(nn.Module):
         image, text, _ = self._run(self._start(images, tokens), depths, tokens, text_mask, plain, False)
         return Prefix(image, text, image_layers, text_layers)
 
-    def _start(self, images: jax.Array | None, tokens: jax.Array | None) -> Prefix:
+    def _start(self, images: Given | None, tokens: Given | None) -> Prefix:
         """Both embeddings, as they come to the slot before the first block."""
         image = None if images is None else self.vision.embed(images)
         text = None if tokens is None else self.text.embed(tokens)
@@ -295,8 +295,8 @@ class CLIP(nn.Module):
         self,
         start: Prefix,
         stop: dict[str, int],
-        tokens: jax.Array | None,
-        text_mask: jax.Array | None,
+        tokens: Given | None,
+        text_mask: Given | None,
         occupancy: Occupancy,
         hidden_states: bool,
     ) -> tuple[jax.Array | None, jax.Array | None, dict[str, jax.Array | None]]:
