@@ -134,7 +134,7 @@ PRESETS = {
     "default": Config(),
     "smoke": Config(
         preset="smoke",
-        variants=("linear", "independent", "gate_attention"),
+        variants=("linear", "independent", "gate"),
         head_rates=(6e-3,),
         adapter_rates=(2e-3,),
         budget=Budget(steps=12, batch_size=32, checkpoint_every=6, log_every=4),
