@@ -6,23 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from small_clip import CONFIG
 
 from vla_jax.adapters import LoRA, Placement, place
 from vla_jax.backbones.clip_config import PRESETS, CLIPConfig
 from vla_jax.backbones.convert import parameter_shapes
-from vla_jax.backbones.transformer import Compute, TowerConfig
+from vla_jax.backbones.transformer import Compute
 from vla_jax.errors import UserError
-
-CONFIG = CLIPConfig(
-    vision=TowerConfig(width=16, depth=3, heads=2, mlp_width=40),
-    text=TowerConfig(width=12, depth=2, heads=3, mlp_width=24, activation="gelu"),
-    image_size=8,
-    patch_size=4,
-    vocabulary_size=40,
-    context_length=7,
-    projection=10,
-    eos_token_id=39,
-)
 
 
 @pytest.mark.parametrize(
