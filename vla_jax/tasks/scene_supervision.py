@@ -160,9 +160,8 @@ def order_labels(labels: Int[Array, "batch cells 4"]) -> Bool[Array, "batch 2 va
         labels: as :func:`cell_labels` gives them.
 
     Returns:
-        For shapes and colours: across (left of) and down (above), whether an
-        object of the first value lies before one of the second and none the other way round. False between a shape and
-        a colour.
+        For shapes and colours: across (left of) and down (above), whether an object of the first value lies before
+        one of the second and none the other way round. False between a shape and a colour.
     """
     parts = []
     for attribute in _NAMING:
