@@ -18,11 +18,10 @@ every kind of statement (binding 75.9, relations 81.2, counts 65.3). The table i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import rich
 import rich.table
 
@@ -31,21 +30,12 @@ from vla_jax.backbones.convert import abstract_params
 from vla_jax.backbones.loading import Backbone, load_backbone, load_config
 from vla_jax.backbones.transformer import Compute
 from vla_jax.comparison import Comparison
-from vla_jax.data.builders.easy_vqa import QUESTION_KINDS
-from vla_jax.data.builders.scenes import ScenesConfig
-from vla_jax.data.image import Preprocess
-from vla_jax.data.pipeline import TransformExample
-from vla_jax.data.quadruple_pairs import QuadruplePairs, as_scores
-from vla_jax.data.scenes import SceneConfig
-from vla_jax.data.scenes.vocabulary import STATEMENT_KINDS
-from vla_jax.data.sources import load_source, make_builder
-from vla_jax.data.text import Tokenize
+from vla_jax.data.quadruple_pairs import as_scores
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation import winoground
 from vla_jax.evaluation.statistics import PairedDifference, accuracy, paired_difference
 from vla_jax.reporting import fusion_report
-from vla_jax.tasks.classification import Classification
-from vla_jax.tasks.matching import Matching
+from vla_jax.task_data import Sizes, clusters, examples_of, of_kinds, task, task_data
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
 from vla_jax.variants import Budget, Outcome, TaskData, Variant
@@ -115,9 +105,9 @@ class Config:
     def __post_init__(self):
         if not self.tasks:
             raise UserError(f"the ablation needs at least one task of {', '.join(TASKS)}")
-        for task in self.tasks:
-            if task not in TASKS:
-                raise unknown("task", task, TASKS)
+        for name in self.tasks:
+            if name not in TASKS:
+                raise unknown("task", name, TASKS)
         for name in self.variants:
             if name not in VARIANTS:
                 raise unknown("variant", name, VARIANTS)
@@ -222,7 +212,7 @@ def check(config: Config) -> Any:
         report.add_column(heading, justify="left" if heading in ("variant", "adapters") else "right")
     first = None
     for variant in variants(config, shapes):
-        data = TaskData(_task(config.tasks[0]), {}, None)
+        data = TaskData(task(config.tasks[0]), {}, None)
         table = Comparison(shapes, data, config.budget, config.compute, mesh, Path()).table(variant)
         sites = "; ".join(f"{p.method.kind} in {', '.join(p.slots)}, {p.layers} layers" for p in variant.placements)
         report.add_row(variant.title, f"{table.trained:,}", f"{table.share_of_backbone:.2f} %", sites or "none")
@@ -235,22 +225,22 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
     backbone = load_backbone(config.backbone, dtype=config.storage)
     mesh = make_mesh(config.mesh)
     rows: dict[str, dict[str, Any]] = {}
-    for task in config.tasks:
-        data = _data(config, task, backbone)
-        comparison = Comparison(backbone, data, config.budget, config.compute, mesh, workdir / "runs" / task)
+    for name in config.tasks:
+        data = task_data(name, _sizes(config), backbone)
+        comparison = Comparison(backbone, data, config.budget, config.compute, mesh, workdir / "runs" / name)
         outcomes: dict[str, Outcome] = {}
         for variant in _in_order(config, backbone, outcomes):
             outcomes[variant.name] = comparison.run(variant)
             row = rows.setdefault(
                 variant.name, {"name": variant.name, "variant": variant.title, "group": variant.group}
             )
-            row |= _results(task, data, outcomes[variant.name])
+            row |= _results(name, data, outcomes[variant.name])
             if (independent := outcomes.get("independent")) is not None:
-                for name in outcomes:
-                    if name != "independent" and f"{task}_difference" not in rows[name]:
-                        rows[name][f"{task}_difference"] = _difference(task, data, outcomes[name], independent)
+                for other in outcomes:
+                    if other != "independent" and f"{name}_difference" not in rows[other]:
+                        rows[other][f"{name}_difference"] = _difference(name, data, outcomes[other], independent)
             # Tasks differ in the size of their heads; the table shows the first one's.
-            row.setdefault("trained", row[f"{task}_trained"])
+            row.setdefault("trained", row[f"{name}_trained"])
             row.setdefault("share", row["trained"] / outcomes[variant.name].table.backbone)
             fusion_report.write(list(rows.values()), config.tasks, config.backbone, workdir)
     rich.print(fusion_report.table(list(rows.values()), config.tasks, config.backbone).terminal())
@@ -270,77 +260,35 @@ def _in_order(config: Config, backbone: Backbone, outcomes: dict[str, Outcome]) 
             yield _fused(config, name, best, name.removeprefix("best_"))
 
 
-def _task(task: str) -> Matching | Classification:
-    if task == "statements":
-        return Matching("statements")
-    answers = make_builder("easy_vqa", "data").info.features["answer_id"].num_classes
-    return Classification("easy_vqa", answers)
+def _sizes(config: Config) -> Sizes:
+    names = ("train", "validation", "test", "quadruples", "text_length", "data_dir")
+    return Sizes(**{name: getattr(config, name) for name in names})
 
 
-def _data(config: Config, task: str, backbone: Backbone) -> TaskData:
-    preprocess, tokenize = Preprocess(backbone.image_processor), Tokenize(backbone.tokenizer, config.text_length)
-    if task == "easy_vqa":
-        sizes = {"train": config.train, "validation": config.validation, "test": config.test}
-        splits = {split: load_source("easy_vqa", f"{split}[:{size}]", config.data_dir) for split, size in sizes.items()}
-        transform = TransformExample(preprocess, tokenize, text_key="question", label_key="answer_id")
-        return TaskData(_task(task), splits, transform)
-    scene = SceneConfig(image_size=backbone.config.image_size)
-    sizes = {"train": config.train, "validation": config.validation, "test": config.test}
-    named = "_".join(map(str, [scene.image_size, *sizes.values()]))
-    built = ScenesConfig(name=f"statements_{named}", kind="statements", scene=scene, **sizes)
-    splits = {split: load_source("scenes", split, config.data_dir, built) for split in sizes}
-    quadruples = ScenesConfig(
-        name=f"quadruples_{scene.image_size}_{config.quadruples}",
-        kind="quadruples",
-        scene=scene,
-        train=1,
-        validation=1,
-        test=config.quadruples,
-    )
-    probes = {"quadruples": QuadruplePairs(load_source("scenes", "test", config.data_dir, quadruples))}
-    return TaskData(_task(task), splits, TransformExample(preprocess, tokenize, label_key="label"), probes)
-
-
-def _results(task: str, data: TaskData, outcome: Outcome) -> dict[str, Any]:
+def _results(name: str, data: TaskData, outcome: Outcome) -> dict[str, Any]:
     """What a variant's row says of one task."""
     found = outcome.predictions["test"]
-    correct, index = found["correct"], found["index"][0]
-    examples = [data.splits["test"][int(i)] for i in index]
-    clusters = _clusters(task, examples)
+    correct, examples = found["correct"], examples_of(data, found["index"][0])
     row: dict[str, Any] = {
-        f"{task}_trained": outcome.table.trained,
-        f"{task}_methods": [placement.method.describe() for placement in outcome.variant.placements],
-        f"{task}": accuracy(correct, clusters),
-        f"{task}_learning_rate": outcome.learning_rate,
-        f"{task}_validation": {f"{rate:g}": value for rate, value in outcome.validation.items()},
-        f"{task}_step_seconds": outcome.seconds_per_step,
-        f"{task}_step_bytes": outcome.step_bytes,
-        f"{task}_adapter_bytes": outcome.adapter_bytes,
+        f"{name}_trained": outcome.table.trained,
+        f"{name}_methods": [placement.method.describe() for placement in outcome.variant.placements],
+        f"{name}": accuracy(correct, clusters(name, examples)),
+        f"{name}_learning_rate": outcome.learning_rate,
+        f"{name}_validation": {f"{rate:g}": value for rate, value in outcome.validation.items()},
+        f"{name}_step_seconds": outcome.seconds_per_step,
+        f"{name}_step_bytes": outcome.step_bytes,
+        f"{name}_adapter_bytes": outcome.adapter_bytes,
     }
-    kinds, field = (STATEMENT_KINDS, "statement_kind") if task == "statements" else (QUESTION_KINDS, "question_kind")
-    for number, kind in enumerate(kinds):
-        chosen = [_is_kind(example[field], kind, number) for example in examples]
-        if any(chosen):
-            row[f"{task}_{kind}"] = accuracy(correct[:, chosen])
+    row |= {f"{name}_{kind}": accuracy(correct[:, chosen]) for kind, chosen in of_kinds(name, examples).items()}
     if "quadruples" in outcome.predictions:
         scored = outcome.predictions["quadruples"]
         scores = winoground.evaluate(as_scores(scored["score"]))
-        row |= {f"quadruples_{name}": getattr(scores, name) for name in winoground.CHANCE}
+        row |= {f"quadruples_{part}": getattr(scores, part) for part in winoground.CHANCE}
     return row
 
 
-def _difference(task: str, data: TaskData, outcome: Outcome, independent: Outcome) -> PairedDifference:
+def _difference(name: str, data: TaskData, outcome: Outcome, independent: Outcome) -> PairedDifference:
     """A variant's accuracy on the test examples minus that of independent adapters."""
     found = outcome.predictions["test"]
-    clusters = _clusters(task, [data.splits["test"][int(i)] for i in found["index"][0]])
-    return paired_difference(found["correct"], independent.predictions["test"]["correct"], clusters)
-
-
-def _clusters(task: str, examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-    """Questions on one picture stand or fall together; statements have a picture each."""
-    return np.array([example["image_id"] for example in examples]) if task == "easy_vqa" else None
-
-
-def _is_kind(value: Any, kind: str, number: int) -> bool:
-    """Whether a stored kind, a label or a text, is this one."""
-    return value.decode() == kind if isinstance(value, bytes) else value in (kind, number)
+    together = clusters(name, examples_of(data, found["index"][0]))
+    return paired_difference(found["correct"], independent.predictions["test"]["correct"], together)

@@ -22,7 +22,7 @@ from vla_jax.training.checkpoint import load_adapters
 from vla_jax.training.metrics import read_records
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.sharding import MeshConfig, make_mesh
-from vla_jax.variants import Budget, TaskData, Variant
+from vla_jax.variants import Budget, Probe, TaskData, Variant
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -52,7 +52,7 @@ DATA = TaskData(
     Matching("bright"),
     {split: _source(count, seed) for seed, (split, count) in enumerate(SIZES.items())},
     as_rows,
-    probes={"probe": _source(13, 9)},
+    probes={"probe": Probe(_source(13, 9))},
 )
 
 

@@ -53,9 +53,9 @@ def test_cutting_twice_is_cutting_once():
 
 
 @pytest.mark.parametrize("slot", SLOTS)
-def test_only_the_mlps_hidden_layer_has_another_width(slot):
-    expected = {"mlp_fc1": (8, 20), "mlp_fc2": (20, 8)}.get(slot, (8, 8))
-    assert TowerShape(depth=3, width=8, mlp_width=20).widths(slot) == expected
+def test_only_the_mlps_hidden_layer_and_the_feature_have_another_width(slot):
+    others = {"mlp_fc1": (8, 20), "mlp_hidden": (20, 20), "mlp_fc2": (20, 8), "projection": (8, 5)}
+    assert TowerShape(depth=3, width=8, mlp_width=20, features=5).widths(slot) == others.get(slot, (8, 8))
 
 
 def test_slots_have_names_of_their_own_and_linear_ones_are_among_them():

@@ -30,13 +30,13 @@ from vla_jax.data.cached import ArraySource, as_rows, evaluate
 from vla_jax.data.pipeline import Pipeline
 from vla_jax.data.stages import Source, Transform
 from vla_jax.errors import UserError
-from vla_jax.model import MODALITIES, AdaptedModel
+from vla_jax.model import MODALITIES, AdaptedModel, Task
 from vla_jax.reporting.table import write_atomically
 from vla_jax.training.checkpoint import Checkpointer, load_adapters, save_adapters
 from vla_jax.training.checkpoint_metadata import Identity
 from vla_jax.training.metrics import JsonLines, TensorBoard, read_records
 from vla_jax.training.optimizer import make_optimizer
-from vla_jax.training.presets import preset
+from vla_jax.training.presets import GROUPS, preset
 from vla_jax.training.sharding import batch_sharding, place, replicated
 from vla_jax.training.step import Step, TrainState, init_state, make_eval_step, make_train_step, step_shardings
 from vla_jax.training.table import ParameterTable, ResolvedTable
@@ -72,7 +72,14 @@ class Comparison:
 
     def model(self, variant: Variant) -> AdaptedModel:
         """The variant's model."""
-        return AdaptedModel(self.backbone, self.data.task, variant.placements, self.compute, variant.modalities)
+        return AdaptedModel(
+            self.backbone,
+            self.data.task,
+            variant.placements,
+            self.compute,
+            variant.modalities,
+            robust_drop=variant.robust_drop,
+        )
 
     def table(self, variant: Variant) -> ResolvedTable:
         """The variant's parameter table; computes nothing."""
@@ -82,10 +89,14 @@ class Comparison:
         """Trains and tests a variant, or reads what is finished of it."""
         return _VariantRun(self, variant).outcome()
 
+    def parameters(self, outcome: Outcome) -> names.Tree:
+        """A finished variant's whole tree, of its first seed."""
+        return names.merge(outcome.trained, _VariantRun(self, outcome.variant)._frozen)
+
     def sources(self, model: AdaptedModel, table: ResolvedTable) -> tuple[Mapping[str, Source], Transform]:
         """The data as a variant's model takes them: with the part that no trained weight touches already computed."""
         touched = any(row.train and row.name.startswith("backbone/") for row in table.rows)
-        if touched or set(model.modalities) != set(MODALITIES):
+        if touched or model.plan.inserts_tokens or set(model.modalities) != set(MODALITIES):
             return self.data.splits, self.data.transform
         at = tuple(sorted(model.plan.first_layers().items()))
         if at not in self._streams:
@@ -120,8 +131,11 @@ class _VariantRun:
         self.model, self.table = comparison.model(variant), comparison.table(variant)
         backbone = comparison.backbone
         described = self.model.description() | {"rules": variant.rules}
+        if variant.robust_drop:
+            described |= {"robust_drop": variant.robust_drop}
         self.identity = Identity(backbone.name, backbone.fingerprint, described)
         trainable, _ = self.table.split(self.model.shapes())
+        self._evaluations: dict[Task | None, Step] = {}
         self.shardings = step_shardings(self.table, trainable, self._optimizer(1.0, trainable), comparison.mesh)
 
     def outcome(self) -> Outcome:
@@ -139,11 +153,17 @@ class _VariantRun:
             learning_rate=best,
             validation=validation,
             validated=results[0]["validation"],
-            predictions={name: self._predictions(best, name) for name in ("test", *self.comparison.data.probes)},
+            predictions={name: self._predictions(best, name) for name in ("test", *self._probes())},
             seconds_per_step=float(np.mean([result["seconds_per_step"] for result in results])),
             step_bytes=results[0]["step_bytes"],
             adapter_bytes=results[0]["adapter_bytes"],
+            trained=self._trained(best, seeds[0]),
         )
+
+    def _probes(self) -> list[str]:
+        """The probes that say something about this model."""
+        probes = self.comparison.data.probes
+        return [name for name, probe in probes.items() if probe.pairs or not self.model.plan.needs_pairs]
 
     def _folder(self, rate: float, seed: int) -> Path:
         return self.comparison.folder / self.variant.name / f"learning_rate_{rate:g}" / f"seed_{seed}"
@@ -205,7 +225,8 @@ class _VariantRun:
             "optimizer": dataclasses.asdict(dataclasses.replace(budget.optimizer, learning_rate=0.0)),
             "dtype": self.comparison.compute.dtype,
             "storage": str(jax.tree.leaves(self.comparison.backbone.params)[0].dtype),
-            "examples": {name: len(source) for name, source in (*data.splits.items(), *data.probes.items())},
+            "examples": {name: len(source) for name, source in data.splits.items()}
+            | {name: len(probe.source) for name, probe in data.probes.items()},
         }
         settings = json.loads(json.dumps(settings))
         if not path.is_file():
@@ -240,20 +261,23 @@ class _VariantRun:
     def _measure(self, trainable: names.Tree, name: str) -> dict[str, np.ndarray]:
         """Predictions for a split or a probe, with ``index``, their places in its source."""
         data = self.comparison.data
+        task = None
         if name in data.probes:
-            source, transform = data.probes[name], data.transform
+            probe = data.probes[name]
+            source, transform, task = probe.source, probe.transform or data.transform, probe.task
         else:
             sources, transform = self._sources
             source = sources[name]
         pipeline = Pipeline(source, transform, self.budget.batch_size, training=False)
         keep = ("position",) if "position" in getattr(source, "arrays", ()) else ()  # computed streams know theirs
-        program = self._evaluation_program
+        program = self._evaluation_program(task)
         found = evaluate(pipeline, lambda b: program(trainable, self._frozen, b), self.shardings.batch, keep=keep)
         found["index"] = found.pop("position", found["index"])
-        return found
+        return (task or data.task).finish(found)
 
     def _optimizer(self, rate: float, trainable: names.Tree) -> optax.GradientTransformation:
-        config = dataclasses.replace(self.budget.optimizer, learning_rate=rate)
+        groups = (*self.budget.optimizer.groups, *GROUPS.get(self.variant.rules, ()))
+        config = dataclasses.replace(self.budget.optimizer, learning_rate=rate, groups=groups)
         return make_optimizer(config, self.table, trainable, self.budget.steps)
 
     @functools.cached_property
@@ -265,9 +289,12 @@ class _VariantRun:
         _, frozen = self.table.split(self.model.init(jax.random.key(0)))
         return place(frozen, self.shardings.frozen)
 
-    @functools.cached_property
-    def _evaluation_program(self) -> Step:
-        return make_eval_step(self.model.predict, shardings=self.shardings)
+    def _evaluation_program(self, task: Task | None) -> Step:
+        """The compiled predictions of the trained task, or of another one."""
+        if task not in self._evaluations:
+            predict = functools.partial(self.model.predict, task=task)
+            self._evaluations[task] = make_eval_step(predict, shardings=self.shardings)
+        return self._evaluations[task]
 
     def _train_program(self, state: TrainState, batches: Batches) -> tuple[Step, int]:
         """The compiled training step and its memory in bytes; every learning rate and every seed is an argument."""

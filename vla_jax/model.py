@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from vla_jax.adapters import Placement, Plan, place
+from vla_jax.adapters.adapter_fusion import value_penalty
+from vla_jax.adapters.drop import check_robust, draw
 from vla_jax.backbones.clip import CLIP, CLIPOutput, Prefix
 from vla_jax.backbones.loading import Backbone
 from vla_jax.backbones.transformer import Compute
@@ -33,7 +36,11 @@ class Task(Protocol):
         ...
 
     def predict(self, head: Tree, output: CLIPOutput, batch: Batch) -> dict[str, jax.Array]:
-        """Per-example results, ``[batch]`` each."""
+        """Per-example results, ``[batch, ...]`` each."""
+        ...
+
+    def finish(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the results of a whole split say; ``correct`` bool ``[examples]`` is among it."""
         ...
 
 
@@ -47,6 +54,8 @@ class AdaptedModel:
         placements: what sits in the slots; empty for the plain backbone.
         compute: how the backbone is run.
         modalities: what the model is shown; one of them alone makes the control that cannot see the other.
+        robust_drop: in training, each batch goes without the adapters of the first n blocks of every tower, n drawn
+            from 0 to this number, both included (:mod:`vla_jax.adapters.drop`); evaluation has all of them.
     """
 
     backbone: Backbone
@@ -54,6 +63,7 @@ class AdaptedModel:
     placements: Sequence[Placement] = ()
     compute: Compute = dataclasses.field(default_factory=Compute)
     modalities: tuple[str, ...] = MODALITIES
+    robust_drop: int = 0
     plan: Plan = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -63,6 +73,7 @@ class AdaptedModel:
         if not self.modalities:
             raise UserError("a model needs at least one modality: image, text or both")
         object.__setattr__(self, "plan", place(tuple(self.placements), self.backbone.config.towers))
+        check_robust(self.plan, self.robust_drop)
 
     @property
     def clip(self) -> CLIP:
@@ -77,12 +88,15 @@ class AdaptedModel:
         """The shapes and dtypes of :meth:`init`; nothing is computed, and the backbone may be shapes itself."""
         shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
         backbone = jax.tree.map(shape, dict(self.backbone.params))
-        return {"backbone": backbone} | jax.eval_shape(self._added, jax.random.key(0))
+        adapters = {"adapters": self.plan.shapes()} if self.plan.groups else {}
+        return {"backbone": backbone} | jax.eval_shape(self._heads) | adapters
+
+    def _heads(self) -> dict[str, Any]:
+        width = self.backbone.config.projection * (4 if len(self.modalities) == 2 else 1)
+        return {"heads": {self.task.name: self.task.init(width)}}
 
     def _added(self, key: jax.Array) -> dict[str, Any]:
-        width = self.backbone.config.projection * (4 if len(self.modalities) == 2 else 1)
-        heads = {"heads": {self.task.name: self.task.init(width)}}
-        return heads | ({"adapters": self.plan.init(key)} if self.plan.groups else {})
+        return self._heads() | ({"adapters": self.plan.init(key, self.backbone.params)} if self.plan.groups else {})
 
     def description(self) -> dict[str, Any]:
         """What tells this model's trained leaves from another's, JSON-able."""
@@ -96,9 +110,11 @@ class AdaptedModel:
             params: the merged tree.
             batch: the batch contract's arrays; or ``image_stream`` and ``text_stream`` instead of ``image``, as
                 :meth:`prefix` returned them.
-            key: dropout key; None for evaluation.
+            key: the step's key, for dropout and the drop of layers; None for evaluation.
         """
-        after = None
+        after = dropped = None
+        if key is not None and self.robust_drop:
+            dropped = draw(key, self.robust_drop)
         if "image_stream" in batch:
             at = self.plan.first_layers()
             after = Prefix(batch["image_stream"], batch["text_stream"], at["vision"], at["text"])
@@ -108,19 +124,23 @@ class AdaptedModel:
             batch["image"] if shown["image"] and after is None else None,
             batch["tokens"] if shown["text"] else None,
             batch["text_mask"] if shown["text"] else None,
-            adapters=self.plan.bind(params["adapters"]) if self.plan.groups else None,
+            adapters=self.plan.bind(params["adapters"], dropped) if self.plan.groups else None,
             route=batch["route"] if any(group.tasks for group in self.plan.groups) else None,
             key=key,
             after=after,
         )
 
     def loss(self, params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The task's loss; see :func:`vla_jax.training.step.make_train_step`."""
-        return self.task.loss(params["heads"][self.task.name], self.apply(params, batch, key), batch)
+        """The task's loss, and AdapterFusion's penalty; see :func:`vla_jax.training.step.make_train_step`."""
+        loss, metrics = self.task.loss(params["heads"][self.task.name], self.apply(params, batch, key), batch)
+        return loss + value_penalty(params.get("adapters", {})), metrics
 
-    def predict(self, params: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """The task's per-example results."""
-        return self.task.predict(params["heads"][self.task.name], self.apply(params, batch), batch)
+    def predict(self, params: Tree, batch: Batch, task: Task | None = None) -> dict[str, jax.Array]:
+        """The task's per-example results, or those of another task that needs no trained head."""
+        output = self.apply(params, batch)
+        if task is not None:
+            return task.predict({}, output, batch)
+        return self.task.predict(params["heads"][self.task.name], output, batch)
 
     def prefix(self, params: Tree, batch: Batch) -> dict[str, jax.Array]:
         """Both streams where the first adapter meets them, of the plain backbone."""

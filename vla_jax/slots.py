@@ -2,10 +2,12 @@
 
 A backbone calls a slot with the input and the output of the computation the slot stands for and goes on with what
 comes back. It knows nothing of adapters beyond the types of this file; adapters know nothing of a backbone beyond
-:class:`TowerShape`.
+:class:`Site` and :class:`TowerShape`.
 
     slot           x                                   y
+    tokens         embedded tokens                     tokens inserted so far; comes back with more of them appended
     embed          embeddings                          the same
+    prompts        the block's input                   the inserted tokens in it, in every block but the first
     attn_in        normalised block input              the same
     attn_q/k/v     attention input                     the query, key or value map's output (linear)
     attn_kv        attention input                     the pair (keys, values); may come back with more tokens in front
@@ -13,20 +15,28 @@ comes back. It knows nothing of adapters beyond the types of this file; adapters
     attn_sublayer  normalised block input              the attention sublayer's output, before the residual sum
     mlp_in         normalised MLP input                the same
     mlp_fc1        MLP input                           the first map's output, before the activation (linear)
+    mlp_hidden     activated hidden units              the same
     mlp_fc2        activated hidden units              the second map's output (linear)
     mlp_out        normalised MLP input                the MLP's output, before the residual sum
     block_out      the block's input                   the block's output, after the residual sum
+    side           all states [1 + blocks, tokens, w]  the last block's output, before it is pooled
+    projection     the pooled token                    the tower's feature (linear); one token wide
+
+``tokens``, ``embed``, ``side`` and ``projection`` exist once a tower, all others once a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
 SLOTS = (
+    "tokens",
     "embed",
+    "prompts",
     "attn_in",
     "attn_q",
     "attn_k",
@@ -36,37 +46,133 @@ SLOTS = (
     "attn_sublayer",
     "mlp_in",
     "mlp_fc1",
+    "mlp_hidden",
     "mlp_fc2",
     "mlp_out",
     "block_out",
+    "side",
+    "projection",
 )
 """Every slot, in the order in which a tower meets them."""
 
-LINEAR_SLOTS = ("attn_q", "attn_k", "attn_v", "attn_out", "mlp_fc1", "mlp_fc2")
-"""The slots around one linear map: ``y = x @ kernel + bias``."""
+SINGLE_SLOTS = ("tokens", "embed", "side", "projection")
+"""The slots that exist once a tower instead of once a block."""
 
-Slot = Callable[[str, jax.Array, Any], Any]
-"""``slot(name, x, y) -> y'`` with x and y ``[batch, tokens, width]``: what a block calls at each of its slots."""
+LINEAR_MAPS: Mapping[str, str] = MappingProxyType(
+    {
+        "attn_q": "blocks/attn/q",
+        "attn_k": "blocks/attn/k",
+        "attn_v": "blocks/attn/v",
+        "attn_out": "blocks/attn/out",
+        "mlp_fc1": "blocks/mlp/fc1",
+        "mlp_fc2": "blocks/mlp/fc2",
+        "projection": "projection",
+    }
+)
+"""The slots around one linear map, ``y = x @ kernel + bias``, and the map's name below its tower's parameters."""
+
+LINEAR_SLOTS = tuple(LINEAR_MAPS)
 
 
-def empty_slot(name: str, x: jax.Array, y: Any) -> Any:
+class LinearWeights(NamedTuple):
+    """The frozen map at a linear slot: ``kernel [in, out]`` and ``bias [out]``, or None where it has none."""
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+class KeysValues(NamedTuple):
+    """What the slot ``attn_kv`` is about.
+
+    Attributes:
+        keys: ``[batch, tokens, width]``.
+        values: ``[batch, tokens, width]``.
+        seen: ``bool [batch, added]``, false where an example does not see a token that was put in front; None where
+            all see all of them.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    seen: jax.Array | None = None
+
+
+class Inserted(NamedTuple):
+    """Tokens that adapters put into a tower's stream.
+
+    Attributes:
+        start: where they begin in the stream.
+        count: how many there are.
+        seen: ``bool [batch, count]``, false where an example does without one; None where all have all of them.
+    """
+
+    start: int
+    count: int
+    seen: jax.Array | None = None
+
+
+@runtime_checkable
+class Slot(Protocol):
+    """What a block calls at each of its slots."""
+
+    readings: Mapping[str, Any]
+    """What the occupants hand out for inspection, by name, each ``[batch, ...]``; filled while the slot is called."""
+
+    def __call__(self, name: str, x: jax.Array, y: Any, weights: LinearWeights | None = None) -> Any:
+        """What becomes of y, ``[batch, tokens, width]``; ``weights`` are given at linear slots."""
+        ...
+
+
+class _EmptySlot:
     """The slot with nothing in it: the output goes on untouched, and the compiled program is the plain backbone's."""
-    del name, x
-    return y
+
+    readings: Mapping[str, Any] = MappingProxyType({})
+
+    def __call__(self, name: str, x: jax.Array, y: Any, weights: LinearWeights | None = None) -> Any:
+        del name, x, weights
+        return y
+
+
+empty_slot: Slot = _EmptySlot()
+
+
+class Site(NamedTuple):
+    """A place for an adapter, as a method may want to know it.
+
+    Attributes:
+        tower: ``vision`` or ``text``; ``joint`` for a method that joins both.
+        slot: the slot.
+        depth: how many blocks the tower has; of a joint method's towers the shallower one.
+        widths: of x and y; for a joint method of the two towers' streams, vision first.
+        streams: by tower, the width of its stream.
+        features: the width of the space in which the towers meet, None where there is none.
+    """
+
+    tower: str
+    slot: str
+    depth: int
+    widths: tuple[int, int]
+    streams: tuple[tuple[str, int], ...]
+    features: int | None
 
 
 class TowerShape(NamedTuple):
-    """What adapters must know of a tower: how many blocks, and how wide the arrays at its slots are."""
+    """What adapters must know of a tower: how many blocks, and how wide the arrays at its slots are.
+
+    ``features`` is the width its projection maps to, None for a tower without a projection.
+    """
 
     depth: int
     width: int
     mlp_width: int
+    features: int | None = None
 
     def widths(self, slot: str) -> tuple[int, int]:
         """The widths of x and y at a slot."""
         return {
             "mlp_fc1": (self.width, self.mlp_width),
+            "mlp_hidden": (self.mlp_width, self.mlp_width),
             "mlp_fc2": (self.mlp_width, self.width),
+            "projection": (self.width, self.features or 0),
         }.get(slot, (self.width, self.width))
 
 
@@ -112,18 +218,36 @@ class Joint(NamedTuple):
     call: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
+Insert = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]]
+"""``insert(embedded, image) -> (tokens, seen)``: from ``[batch, length, width]`` embeddings, and for a conditioned
+adapter the ``[batch, features]`` image features, the ``[batch, count, width]`` tokens to insert and who sees them."""
+
+
+Side = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""``side(states, stream, seen) -> stream'``: from the embeddings and every block's output ``[states, batch, tokens,
+width]``, the last stream, and ``bool [#batch, tokens, tokens]``, which token sees which."""
+
+
 class Occupancy(NamedTuple):
     """Adapters as one forward pass meets them: bound to this batch's routes and to this step's dropout key.
 
     Attributes:
+        insert: by tower, what makes the tokens to insert; a tower without such adapters is left out.
         embed: by tower, the slot after the embeddings.
         segments: by tower, segments that cover every block in order.
         joints: in the order in which both towers reach them.
+        side: by tower, what runs beside it; a tower without such adapters is left out.
+        projection: by tower, the slot around the projection.
+        conditioned: whether texts can only be begun when their images' features are there.
     """
 
+    insert: Mapping[str, Insert]
     embed: Mapping[str, Slot]
     segments: Mapping[str, tuple[Segment, ...]]
     joints: tuple[Joint, ...]
+    side: Mapping[str, Side]
+    projection: Mapping[str, Slot]
+    conditioned: bool = False
 
 
 @runtime_checkable
@@ -143,4 +267,5 @@ class Adapters(Protocol):
 def vacant(depths: Mapping[str, int]) -> Occupancy:
     """The occupancy of a backbone without adapters: one segment a tower, every slot empty."""
     segments = {tower: (Segment(0, depth, (), lambda _: empty_slot),) for tower, depth in depths.items()}
-    return Occupancy(dict.fromkeys(depths, empty_slot), segments, ())
+    empty = dict.fromkeys(depths, empty_slot)
+    return Occupancy({}, empty, segments, (), {}, empty)

@@ -11,6 +11,7 @@ from vla_jax.adapters import Placement
 from vla_jax.data.stages import Source, Transform
 from vla_jax.errors import UserError
 from vla_jax.model import MODALITIES, Task
+from vla_jax.names import Tree
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.table import ResolvedTable
 
@@ -25,6 +26,7 @@ class Variant:
         rules: the preset of the parameter table that says what is trained.
         placements: what sits in the slots.
         modalities: what the model is shown.
+        robust_drop: the most layers whose adapters a training batch goes without; see :class:`AdaptedModel`.
         group: the family it is drawn with.
         learning_rates: the grid from which its own is chosen on validation data.
         selection_share: share of the steps after which it is chosen; the budget's if None. What costs little can afford
@@ -36,6 +38,7 @@ class Variant:
     rules: str = "adapters"
     placements: tuple[Placement, ...] = ()
     modalities: tuple[str, ...] = MODALITIES
+    robust_drop: int = 0
     group: str = "adapters"
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
     selection_share: float | None = None
@@ -90,6 +93,24 @@ def _check_share(share: float) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Probe:
+    """Further examples that chosen runs make predictions for.
+
+    Attributes:
+        source: raw examples.
+        transform: makes a row of one; that of the task's data if None.
+        task: what makes the predictions, from the features alone; the trained task if None.
+        pairs: whether a prediction speaks of the pair it was made for. Where it does not, but compares features of one
+            pair with those of another, models whose features depend on what stands beside them are left out.
+    """
+
+    source: Source
+    transform: Transform | None = None
+    task: Task | None = None
+    pairs: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskData:
     """A task with its data.
 
@@ -97,13 +118,13 @@ class TaskData:
         task: head, loss and metrics.
         splits: raw examples of ``train``, ``validation`` and ``test``.
         transform: makes a row of a raw example.
-        probes: further raw examples by name, which every chosen run makes predictions for.
+        probes: by name, what else every chosen run makes predictions for.
     """
 
     task: Task
     splits: Mapping[str, Source]
     transform: Transform
-    probes: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+    probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +137,12 @@ class Outcome:
         learning_rate: the chosen one.
         validation: accuracy on validation data by learning rate, when the rate was chosen.
         validated: accuracy on validation data of the finished run of the first seed.
-        predictions: by name (``test`` and the probes) and field ``[seeds, examples]``: the task's predictions, and
-            ``index``, the examples' places in their source.
+        predictions: by name (``test`` and the probes that apply) and field ``[seeds, examples]``: the task's
+            predictions, and ``index``, the examples' places in their source.
         seconds_per_step: mean of the chosen runs.
         step_bytes: arguments and temporaries of the compiled step, by the compiler's account.
         adapter_bytes: size on disk of the first chosen run's trained parameters.
+        trained: the first chosen run's trained parameters.
     """
 
     variant: Variant
@@ -132,3 +154,4 @@ class Outcome:
     seconds_per_step: float
     step_bytes: int
     adapter_bytes: int
+    trained: Tree

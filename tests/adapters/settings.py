@@ -9,11 +9,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax import names
-from vla_jax.adapters import Bottleneck, Fusion, LoRA, Placement
+from vla_jax.adapters import (
+    MMA,
+    PHM,
+    Affine,
+    Average,
+    Bottleneck,
+    CLIPAdapter,
+    CoCoOp,
+    CrossModal,
+    Fuse,
+    Fusion,
+    Hyperformer,
+    Ladder,
+    LoRA,
+    MaPLe,
+    Parallel,
+    Placement,
+    Prefix,
+    Prompt,
+    Share,
+    Split,
+    Stack,
+    ia3,
+)
+from vla_jax.adapters.base import Method
 from vla_jax.backbones.clip import CLIP
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.convert import abstract_params
 from vla_jax.backbones.transformer import Compute, TowerConfig
+from vla_jax.slots import Site
 
 CONFIG = CLIPConfig(
     vision=TowerConfig(width=32, depth=4, heads=2, mlp_width=64),
@@ -26,6 +51,16 @@ CONFIG = CLIPConfig(
     eos_token_id=49,
 )
 BATCH, LENGTH = 8, 6
+
+
+def site(slot: str, x_width: int, y_width: int, tower: str = "vision") -> Site:
+    """A place of these widths."""
+    return Site(tower, slot, 4, (x_width, y_width), (("vision", x_width), ("text", y_width)), CONFIG.projection)
+
+
+def count(method: Method, place: Site) -> int:
+    """Parameters of one layer there, by the closed formula."""
+    return sum(method.parameter_counts(place).values())
 
 
 def equal_towers() -> CLIPConfig:
@@ -45,6 +80,8 @@ PLACEMENTS: dict[str, Placement] = {
         LoRA(rank=2, rank_stabilised=True), slots=("attn_q", "attn_k", "attn_v", "attn_out", "mlp_fc1", "mlp_fc2")
     ),
     "lora_dropout": Placement(LoRA(rank=2, dropout=0.5), slots=("attn_q", "mlp_fc2")),
+    "ladder": Placement(Ladder(rank=8, heads=2)),
+    "ladder_some_rungs": Placement(Ladder(reduction=4, heads=1, rungs="every 2nd", mlp_ratio=2)),
     "fusion": Placement(Fusion(rank=4, heads=2)),
     "fusion_gate": Placement(Fusion(rank=4, mix="gate")),
     "fusion_attention": Placement(Fusion(rank=4, heads=1, mix="attention", layer_norm=False)),
@@ -52,12 +89,92 @@ PLACEMENTS: dict[str, Placement] = {
     "fusion_to_vision": Placement(Fusion(rank=4, direction="to_vision")),
     "fusion_to_text": Placement(Fusion(rank=4, direction="to_text", scale=2.0)),
     "fusion_late": Placement(Fusion(rank=4), layers="late"),
+    # bottlenecks, kronecker, hypernetworks, cross-modal
+    "bottleneck_drop_path": Placement(
+        Bottleneck(rank=4, channel_scale=True, scale=0.5, drop_path=0.5, init="truncated"), slots=("block_out",)
+    ),
+    "bottleneck_half_shared": Placement(
+        Bottleneck(rank=4), slots=("mlp_out",), sharing=(Share("down/.*", ("tasks", "layers")),)
+    ),
+    "compacter": Placement(PHM(n=2, rank=4), slots=("attn_sublayer", "mlp_out")),
+    "phm": Placement(
+        PHM(n=4, rank=4, factorised=False, shared_rule=False, init="glorot"), slots=("attn_out", "block_out")
+    ),
+    "hyperformer": Placement(
+        Hyperformer(rank=2, embedding=5, hidden=7, projection=4), slots=("attn_sublayer", "mlp_out")
+    ),
+    "hyperformer_per_slot": Placement(
+        Hyperformer(rank=2, embedding=5, hidden=7, projection=4, per_slot=True, init="normal"),
+        slots=("attn_sublayer", "mlp_out"),
+    ),
+    "cross_modal": Placement(CrossModal(rank=3, shared=8), slots=("attn_sublayer", "mlp_out"), layers="last 2"),
+    "mma": Placement(MMA(rank=4, scale=0.5), layers="last 2"),
+    # end of bottlenecks, kronecker, hypernetworks, cross-modal
+    # low rank and scaling
+    "lora_alphas": Placement(
+        LoRA(rank=2),
+        slots=("attn_k", "projection"),
+        ranks=(("vision/attn_k/1", 3),),
+        alphas=((r".*/attn_k/[01]", 4.0),),
+    ),
+    "dora": Placement(LoRA(rank=2, decomposed=True), slots=("attn_q", "mlp_fc1", "projection")),
+    "lora_pissa": Placement(LoRA(rank=2, init="pissa"), slots=("attn_q", "mlp_fc2", "projection")),
+    "dora_pissa": Placement(LoRA(rank=2, init="pissa", decomposed=True, dropout=0.5), slots=("attn_out", "mlp_fc1")),
+    "affine_ia3": ia3(),
+    "affine_shift": Placement(Affine(scale=False, shift=True), slots=("attn_q", "mlp_fc1", "projection")),
+    "affine_both": Placement(Affine(shift=True), slots=("embed", "attn_in", "attn_sublayer", "mlp_out", "block_out")),
+    # end of low rank and scaling
+    # tokens and features
+    "prompt": Placement(Prompt(2), slots=("tokens",)),
+    "prompt_deep": Placement(Prompt(2), slots=("tokens", "prompts")),
+    "prompt_made": Placement(Prompt(1, hidden=5), slots=("tokens", "prompts")),
+    "prefix": Placement(Prefix(3)),
+    "prefix_made": Placement(Prefix(3, hidden=5)),
+    "cocoop": Placement(CoCoOp(2, reduction=4), towers=("text",)),
+    "maple": Placement(MaPLe(2), slots=("tokens", "prompts"), layers="first 2"),
+    "clip_adapter": Placement(CLIPAdapter(), towers=("vision",)),
+    # compositions
+    "stack": Placement(
+        Stack((("low", LoRA(rank=2, dropout=0.5)), ("wide", Bottleneck(rank=4, init="normal")))), slots=("attn_out",)
+    ),
+    "stack_prefixes": Placement(Stack((("short", Prefix(1)), ("long", Prefix(2))))),
+    "parallel": Placement(
+        Parallel((("a", Bottleneck(rank=4)), ("b", PHM(n=2, rank=4)), ("c", Affine()))), slots=("mlp_out", "block_out")
+    ),
+    "parallel_fusions": Placement(Parallel((("gate", Fusion(rank=4, mix="gate")), ("none", Fusion(mix="none"))))),
+    "average": Placement(
+        Average((("plain", LoRA(rank=2)), ("dora", LoRA(rank=3, decomposed=True))), weights=(3.0, 1.0)),
+        slots=("attn_q", "mlp_fc1"),
+    ),
+    "average_prompts": Placement(
+        Average((("one", Prompt(2)), ("two", Prompt(2, hidden=5)))), slots=("tokens", "prompts")
+    ),
+    "split": Placement(
+        Split((("first", Bottleneck(rank=4)), ("rest", Bottleneck(rank=3))), ranges=((0, 1), (1, None))),
+        slots=("attn_in",),
+    ),
+    "fuse": Placement(
+        Fuse((("a", Bottleneck(rank=4)), ("b", Bottleneck(rank=2, parallel=True)), ("c", PHM(n=2, rank=4)))),
+        slots=("mlp_out",),
+    ),
+    "fuse_nested": Placement(
+        Fuse(
+            (("pair", Stack((("a", Affine()), ("b", LoRA(rank=2))))), ("dora", LoRA(rank=2, decomposed=True))), heads=2
+        ),
+        slots=("attn_v",),
+    ),
+    # end of compositions
 }
 
 TIED: dict[str, Placement] = {
     "bottleneck_tied": Placement(Bottleneck(rank=4), slots=("mlp_out",), tied=True),
     "lora_tied": Placement(LoRA(rank=2, dropout=0.5), slots=("attn_q",), tied=True),
     "fusion_shared": Placement(Fusion(rank=4, shared=True)),
+    "uniadapter": Placement(
+        Bottleneck(rank=4, parallel=True, layer_norm=True),
+        slots=("mlp_out",),
+        sharing=(Share("(down|norm)/.*", ("towers",)),),
+    ),
 }
 
 
@@ -67,6 +184,9 @@ def shape_for(name: str) -> CLIPConfig:
 
 
 ALL = PLACEMENTS | TIED
+
+WITHOUT_GRADIENT = r".*/fuse/key/bias"
+"""Parameters that change nothing by their method's definition: softmax ignores what is added to all of its scores."""
 
 
 def model(config: CLIPConfig, unroll: int = 1) -> CLIP:

@@ -14,7 +14,7 @@ from settings import CONFIG, backbone, drawn, inputs, model
 from vla_jax import names
 from vla_jax.adapters import Bottleneck, Fusion, LoRA, Placement, place
 from vla_jax.adapters.base import Method
-from vla_jax.adapters.binding import apply
+from vla_jax.adapters.binding import apply, where_on
 from vla_jax.errors import UserError
 from vla_jax.slots import TowerShape
 
@@ -25,7 +25,7 @@ TOWERS = CONFIG.towers  # vision: 4 blocks of width 32; text: 2 blocks of width 
 
 def numbered(plan):
     """Parameters in which each row of a stack holds nothing but its own number."""
-    shapes = jax.eval_shape(plan.init, jax.random.key(0))
+    shapes = plan.shapes()
     rows = lambda leaf: np.broadcast_to(np.arange(len(leaf)).reshape(-1, *[1] * (leaf.ndim - 1)), leaf.shape)  # noqa: E731
     return jax.tree.map(lambda leaf: rows(leaf).astype(np.float32), shapes)
 
@@ -125,10 +125,15 @@ def scaled(params, key, x, y):
 BATCH = {"x": np.arange(10.0, dtype=np.float32).reshape(5, 2, 1) + 1, "y": np.full((5, 2, 1), 100.0, np.float32)}
 
 
+def routed(params, route, by_task=True):
+    new = apply(scaled, params, {"scale": by_task}, tuple(BATCH.values()), route, None)
+    return where_on(route >= 0, new, BATCH["y"])
+
+
 def test_every_example_meets_the_weights_of_its_own_task():
     params = {"scale": jnp.array([1.0, 10.0, 1000.0])}
     route = jnp.array([2, -1, 0, 1, 0])
-    result = apply(scaled, params, (BATCH["x"], BATCH["y"]), BATCH["y"], route, True, None)
+    result = routed(params, route)
     factors = np.array([1000.0, 0.0, 1.0, 10.0, 1.0]).reshape(-1, 1, 1)
     np.testing.assert_array_equal(result, BATCH["y"] + factors * BATCH["x"])
 
@@ -136,20 +141,20 @@ def test_every_example_meets_the_weights_of_its_own_task():
 def test_a_route_beyond_the_last_task_is_not_a_number_for_that_example_alone():
     params = {"scale": jnp.array([1.0, 10.0])}
     route = jnp.array([0, 2, 1, 77, -1])
-    result = apply(scaled, params, (BATCH["x"], BATCH["y"]), BATCH["y"], route, True, None)
+    result = routed(params, route)
     np.testing.assert_array_equal(np.isnan(result).all((1, 2)), [False, True, False, True, False])
     np.testing.assert_array_equal(np.isnan(result).any((1, 2)), [False, True, False, True, False])
 
 
 def test_one_set_of_weights_serves_every_route_but_minus_one():
-    result = apply(scaled, {"scale": 3.0}, tuple(BATCH.values()), BATCH["y"], jnp.array([0, -1, 5, 1, -1]), False, None)
+    result = routed({"scale": 3.0}, jnp.array([0, -1, 5, 1, -1]), by_task=False)
     on = np.array([1, 0, 1, 1, 0]).reshape(-1, 1, 1)
     np.testing.assert_array_equal(result, BATCH["y"] + 3 * on * BATCH["x"])
 
 
 def test_weights_of_several_tasks_ask_for_a_route():
     with pytest.raises(UserError, match=r"need a route, int32 \[batch\]"):
-        apply(scaled, {"scale": jnp.ones(2)}, tuple(BATCH.values()), BATCH["y"], None, True, None)
+        apply(scaled, {"scale": jnp.ones(2)}, {"scale": True}, tuple(BATCH.values()), None, None)
 
 
 # Dropout keys
@@ -161,7 +166,7 @@ def test_examples_draw_alike_in_whatever_batch_they_come():
 
     def run(n):
         zeros = jnp.zeros((n, 3))
-        return np.asarray(apply(draw, {}, (zeros, zeros), zeros, None, False, jax.random.key(4)))
+        return np.asarray(apply(draw, {}, {}, (zeros, zeros), None, jax.random.key(4)))
 
     large = run(6)
     assert len(np.unique(large)) == large.size
@@ -209,11 +214,11 @@ class Prepended(Method):
 
     length: int = 3
 
-    def module(self) -> nn.Module:
+    def module(self, site) -> nn.Module:
         return PrependedModule(self.length, parent=None)
 
-    def parameter_count(self, in_width: int, out_width: int) -> int:
-        return 2 * self.length * out_width
+    def parameter_counts(self, site) -> dict[str, int]:
+        return dict.fromkeys(("keys", "values"), self.length * site.widths[1])
 
     @property
     def starts_as_identity(self) -> bool:
@@ -264,7 +269,7 @@ def test_prepended_keys_and_values_are_seen_by_every_token():
         ],
         TOWERS,
     )
-    shapes = jax.eval_shape(plan.init, jax.random.key(0))
+    shapes = plan.shapes()
     assert names.count(shapes) == plan.parameter_count() == 2 * (2 * 3 * 32) + 2 * (2 * 2 * 24)
     adapters, params = drawn(shapes, 1, 1.0), backbone(CONFIG)
     images, tokens, mask = inputs(CONFIG)

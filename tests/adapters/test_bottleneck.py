@@ -9,13 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from settings import drawn
+from published_counts import B_16, BART_BASE
+from settings import count, drawn, site
 
 from vla_jax import names
-from vla_jax.adapters import Bottleneck
+from vla_jax.adapters import (
+    Bottleneck,
+    adapter_plus,
+    houlsby,
+    parallel,
+    pfeiffer,
+    place,
+    vl_adapter,
+)
 from vla_jax.errors import UserError
 
 TOKENS, IN, OUT = 4, 5, 6
+SITE = site("mlp_out", IN, OUT)
 
 ACTIVATIONS = {
     "relu": lambda v: max(v, 0.0),
@@ -35,6 +45,8 @@ SETTINGS = {
     "parallel_norm": Bottleneck(rank=2, parallel=True, layer_norm=True, scale=2.0, activation="gelu_tanh"),
     "normal": Bottleneck(rank=7, init="normal", activation="identity"),
     "reduction": Bottleneck(reduction=3, activation="gelu"),
+    "channel_scale": Bottleneck(rank=3, channel_scale=True, scale=2.0),
+    "drop_path_in_evaluation": Bottleneck(rank=3, drop_path=0.9),
 }
 
 
@@ -56,7 +68,7 @@ def reference(method: Bottleneck, params, x: np.ndarray, y: np.ndarray) -> np.nd
             hidden.append(function(bias + sum(v * flat["down/kernel"][i, unit] for i, v in enumerate(read))))
         for out in range(y.shape[1]):
             added = flat["up/bias"][out] + sum(h * flat["up/kernel"][unit, out] for unit, h in enumerate(hidden))
-            result[token, out] += method.scale * added
+            result[token, out] += (flat["scale"][out] if method.channel_scale else method.scale) * added
     return result
 
 
@@ -68,12 +80,12 @@ def example(tokens: int = TOKENS):
 
 def parameters(method: Bottleneck):
     """Parameters as training might leave them."""
-    return drawn(jax.eval_shape(method.module().init, jax.random.key(0), *example())["params"], 2, 0.7)
+    return drawn(jax.eval_shape(method.module(SITE).init, jax.random.key(0), *example())["params"], 2, 0.7)
 
 
 def applied(method: Bottleneck, params, x, y) -> np.ndarray:
     """The module's output; compiled as a whole, which is quicker than one program an operation."""
-    return np.asarray(jax.jit(method.module().apply)({"params": params}, x, y))
+    return np.asarray(jax.jit(method.module(SITE).apply)({"params": params}, x, y))
 
 
 def close(ours, theirs, tolerance=1e-6):
@@ -111,14 +123,16 @@ def test_parameters_are_those_of_the_formula(method):
     expected = {"down/kernel": (read, rank), "down/bias": (rank,), "up/kernel": (rank, OUT), "up/bias": (OUT,)}
     if method.layer_norm:
         expected |= {"norm/scale": (read,), "norm/bias": (read,)}
-    shapes = jax.eval_shape(method.module().init, jax.random.key(0), x, y)["params"]
+    if method.channel_scale:
+        expected["scale"] = (OUT,)
+    shapes = jax.eval_shape(method.module(SITE).init, jax.random.key(0), x, y)["params"]
     assert {name: leaf.shape for name, leaf in names.flatten(shapes).items()} == expected
-    assert method.parameter_count(IN, OUT) == sum(math.prod(shape) for shape in expected.values())
+    assert count(method, SITE) == sum(math.prod(shape) for shape in expected.values())
 
 
 def _new(init: str):
     x = jnp.zeros((1, 400))
-    init = jax.jit(Bottleneck(rank=200, init=init).module().init)
+    init = jax.jit(Bottleneck(rank=200, init=init).module(SITE).init)
     return names.flatten(init(jax.random.key(3), x, x)["params"])
 
 
@@ -143,10 +157,77 @@ def test_normal_draws_both_kernels_as_vl_adapter_does():
     assert not np.any(new["down/bias"])
 
 
+def test_truncated_draws_both_kernels_within_two_deviations():
+    new = _new("truncated")
+    for kernel in ("down/kernel", "up/kernel"):
+        values = np.asarray(new[kernel])
+        assert 0.0199 < np.abs(values).max() <= 0.02
+        # A normal variable cut at two deviations has 0.8796 of its deviation.
+        assert np.std(values) == pytest.approx(0.008796, rel=0.01)
+
+
+def test_learned_factors_start_at_the_scale():
+    method, (x, y) = Bottleneck(rank=3, channel_scale=True, scale=0.25), example()
+    new = jax.jit(method.module(SITE).init)(jax.random.key(0), x, y)["params"]
+    np.testing.assert_array_equal(new["scale"], np.full(OUT, 0.25, np.float32))
+
+
+# Stochastic depth
+
+
+def test_drop_path_drops_whole_examples_and_keeps_the_mean():
+    rate, examples = 0.3, 2000
+    method, (x, y) = Bottleneck(rank=3, drop_path=rate), example()
+    params = parameters(method)
+    whole = applied(method, params, x, y) - y
+
+    @jax.jit
+    def run(key, x, y):
+        call = lambda k: method.module(SITE).apply({"params": params}, x, y, rngs={"dropout": k}) - y  # noqa: E731
+        return jax.vmap(call)(jax.random.split(key, examples))
+
+    added = np.asarray(run(jax.random.key(0), x, y))
+    dropped = np.array([not one.any() for one in added])
+    assert abs(dropped.mean() - rate) < 5 * math.sqrt(rate * (1 - rate) / examples)
+    kept = added[~dropped]
+    np.testing.assert_allclose(kept, np.broadcast_to(whole / (1 - rate), kept.shape), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(run(jax.random.key(0), x, y), added)
+    assert (np.array([not one.any() for one in np.asarray(run(jax.random.key(1), x, y))]) != dropped).any()
+
+
+# Published settings
+
+
+def test_presets_sit_where_their_papers_put_them():
+    both = ("attn_sublayer", "mlp_out")
+    assert [preset().slots for preset in (houlsby, pfeiffer, parallel, adapter_plus, vl_adapter)] == [
+        both,
+        ("mlp_out",),
+        ("mlp_out",),
+        ("block_out",),
+        both,
+    ]
+    widths = [preset().method.rank_for(768) for preset in (houlsby, pfeiffer, parallel, adapter_plus, vl_adapter)]
+    assert widths == [48, 48, 384, 8, 96]
+    assert parallel().method.starts_as_identity
+    assert parallel().method.parallel
+    assert parallel().method.scale == 4
+    assert adapter_plus().method.drop_path == 0.1
+
+
+@pytest.mark.parametrize(
+    ("preset", "sites", "reduction", "more"),
+    [(houlsby, 2, 16, 0), (pfeiffer, 1, 16, 0), (parallel, 1, 2, 0), (adapter_plus, 1, 96, 1), (vl_adapter, 2, 8, 0)],
+)
+def test_counts_of_the_presets_on_b_16(preset, sites, reduction, more):
+    # 2 w r + r + w a site, and w more for learned factors.
+    expected = sum(12 * sites * (2 * w * (w // reduction) + w // reduction + w + more * w) for w in (768, 512))
+    assert place(preset(), B_16).parameter_count() == expected
+
+
 def test_published_count_of_vl_adapter():
     # 30 sites in BART-base at a reduction of 8, the visual embedding and the LayerNorms (VL-PET, table 2: 4.18 %).
-    per_site = Bottleneck(reduction=8, activation="gelu_tanh", init="normal").parameter_count(768, 768)
-    assert 30 * per_site + 1_582_848 + 49_152 == 6_081_600
+    assert place(vl_adapter(), BART_BASE).parameter_count() + 1_582_848 + 49_152 == 6_081_600
 
 
 def test_products_follow_the_stream_in_half_precision():
@@ -170,6 +251,8 @@ def test_products_follow_the_stream_in_half_precision():
         ({"activation": "tanh"}, "allowed|Allowed: relu, gelu"),
         ({"init": "zeros"}, "unknown bottleneck init 'zeros'.*zero_up"),
         ({"scale": 0.0}, "scale 0 switches the adapter off"),
+        ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1, got 1.0"),
+        ({"drop_path": -0.1}, "drop_path must be at least 0 and below 1, got -0.1"),
     ],
 )
 def test_settings_without_meaning_are_refused(settings, message):
@@ -179,7 +262,7 @@ def test_settings_without_meaning_are_refused(settings, message):
 
 def test_a_reduction_that_leaves_nothing_is_refused():
     with pytest.raises(UserError, match="reduction 16 leaves nothing of a width of 8"):
-        Bottleneck().parameter_count(8, 8)
+        count(Bottleneck(), site("mlp_out", 8, 8))
     assert Bottleneck().rank_for(16) == 1
     assert Bottleneck().rank_for(47) == 2
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from settings import drawn
+from settings import count, drawn, site
 
 from vla_jax import names
 from vla_jax.adapters import Fusion, Placement, place
@@ -20,6 +20,7 @@ from vla_jax.slots import TowerShape
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 IMAGE_TOKENS, TEXT_TOKENS, VISION, TEXT, RANK = 5, 4, 7, 6, 4
+SITE = site("block_out", VISION, TEXT)
 WORDS = np.array([True, True, True, False])
 
 
@@ -37,13 +38,13 @@ def example(text_width: int = TEXT):
 def parameters(method: Fusion):
     """Parameters as training might leave them."""
     image, text = example(VISION if method.shared else TEXT)
-    shapes = jax.eval_shape(method.module().init, jax.random.key(0), image, text, WORDS)["params"]
+    shapes = jax.eval_shape(method.module(SITE).init, jax.random.key(0), image, text, WORDS)["params"]
     return drawn(shapes, 2, 0.6)
 
 
 @functools.cache
 def compiled(method: Fusion):
-    return jax.jit(lambda params, image, text, words: method.module().apply({"params": params}, image, text, words))
+    return jax.jit(lambda params, image, text, words: method.module(SITE).apply({"params": params}, image, text, words))
 
 
 def run(method: Fusion, params, image, text, words=WORDS):
@@ -180,13 +181,13 @@ def test_shared_weights_treat_both_streams_alike():
     ],
 )
 def test_parameter_count_by_hand(method, count):
-    assert method.parameter_count(VISION, TEXT) == count
-    shapes = jax.eval_shape(method.module().init, jax.random.key(0), *example(), WORDS)["params"]
+    assert count(method, SITE) == count
+    shapes = jax.eval_shape(method.module(SITE).init, jax.random.key(0), *example(), WORDS)["params"]
     assert names.count(shapes) == count
 
 
 def test_shared_parameter_count_by_hand():
-    assert Fusion(rank=4, shared=True).parameter_count(7, 7) == 67 + 14 + 84
+    assert count(Fusion(rank=4, shared=True), site("block_out", 7, 7)) == 67 + 14 + 84
 
 
 def test_streams_keep_their_precision():

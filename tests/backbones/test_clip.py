@@ -12,7 +12,8 @@ from small_clip import CONFIG
 
 from vla_jax import names
 from vla_jax.adapters import Bottleneck, Fusion, Placement, place
-from vla_jax.backbones.clip import CLIP, pool_position
+from vla_jax.backbones.clip import CLIP
+from vla_jax.backbones.clip_towers import pool_position
 from vla_jax.backbones.convert import abstract_params
 from vla_jax.backbones.transformer import Compute
 from vla_jax.errors import UserError
@@ -41,7 +42,7 @@ def backbone():
 
 @functools.cache
 def adapters(plan):
-    return drawn(jax.eval_shape(plan.init, jax.random.key(0)), 1)
+    return drawn(plan.shapes(), 1)
 
 
 @functools.cache

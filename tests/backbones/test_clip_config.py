@@ -42,7 +42,7 @@ def test_published_parameter_counts_in_millions(preset, millions):
 
 def test_presets_know_their_towers():
     towers = CLIPConfig.preset("vit_b_16").towers
-    assert towers == {"vision": (12, 768, 3072), "text": (12, 512, 2048)}
+    assert towers == {"vision": (12, 768, 3072, 512), "text": (12, 512, 2048, 512)}
     placement = Placement(LoRA(rank=2, alpha=1.0), slots=("attn_q", "attn_k", "attn_v"))
     assert place(placement, towers).parameter_count() == 184_320  # CLIP-LoRA on B/16
     assert {name: config.grid for name, config in PRESETS.items() if name.startswith("vit")} == {

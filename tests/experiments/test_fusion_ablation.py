@@ -11,15 +11,9 @@ import pytest
 import rich.console
 
 from experiments.fusion_ablation import FUSED, PLACED, PRESETS, VARIANTS, Config, check, run, variants
-from vla_jax import comparison, names
+from vla_jax import comparison
 from vla_jax.adapters import Fusion
-from vla_jax.backbones.clip import CLIPConfig
-from vla_jax.backbones.convert import abstract_params
-from vla_jax.backbones.export import export_backbone
 from vla_jax.backbones.loading import load_backbone
-from vla_jax.backbones.transformer import TowerConfig
-from vla_jax.data.scenes.vocabulary import WORDS
-from vla_jax.data.text import train_word_tokenizer
 from vla_jax.errors import UserError
 from vla_jax.evaluation.winoground import CHANCE
 from vla_jax.training.sharding import MeshConfig
@@ -29,32 +23,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small random backbone that knows the words of the scenes."""
-    folder = tmp_path_factory.mktemp("backbone")
-    tokenizer = train_word_tokenizer(WORDS, folder / "words", context_length=24)
-    config = CLIPConfig(
-        vision=TowerConfig(width=16, depth=2, heads=2, mlp_width=32),
-        text=TowerConfig(width=16, depth=2, heads=2, mlp_width=32),
-        image_size=32,
-        patch_size=8,
-        vocabulary_size=len(tokenizer),
-        context_length=24,
-        projection=8,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    generator = np.random.default_rng(0)
-    flat = {
-        name: (0.2 * generator.standard_normal(leaf.shape) + name.endswith("scale")).astype(np.float32)
-        for name, leaf in names.flatten(abstract_params(config)).items()
-    }
-    return export_backbone(names.unflatten(flat), config, folder / "small", tokenizer=tokenizer)
-
-
-@pytest.fixture(scope="module")
-def config(folder, tmp_path_factory):
+def config(small_backbone_folder, tmp_path_factory):
     return Config(
-        backbone=str(folder),
+        backbone=str(small_backbone_folder),
         tasks=("statements",),
         variants=("independent", "gate"),
         rank=4,
@@ -120,8 +91,10 @@ def test_a_small_ablation_ends_in_table_figures_and_the_same_rows_again(config, 
     assert run(config, tmp_path) == rows
 
 
-def test_every_variant_is_what_it_is_called(config, folder):
-    found = {v.name: v for v in variants(dataclasses.replace(config, variants=()), load_backbone(str(folder)))}
+def test_every_variant_is_what_it_is_called(config, small_backbone_folder):
+    found = {
+        v.name: v for v in variants(dataclasses.replace(config, variants=()), load_backbone(str(small_backbone_folder)))
+    }
     assert list(found) == [name for name in VARIANTS if name not in PLACED]
     for name in FUSED:
         (placement,) = found[name].placements

@@ -18,7 +18,7 @@ def output(seed: int = 0, *, image: bool = True, text: bool = True, batch: int =
     generator = np.random.default_rng(seed)
     drawn = [jnp.asarray(generator.normal(0, 3, (batch, WIDTH)), jnp.float32) for _ in range(2)]
     fields = dict.fromkeys(
-        ("image_pooled", "text_pooled", "image_tokens", "text_tokens", "image_hidden", "text_hidden")
+        ("image_pooled", "text_pooled", "image_tokens", "text_tokens", "image_hidden", "text_hidden", "readings")
     )
     return CLIPOutput(
         image_features=drawn[0] if image else None,

@@ -160,6 +160,14 @@ def test_the_state_holds_two_moments_of_the_trained_leaves_and_scalars():
     assert {leaf.dtype for leaf in arrays} == {jnp.dtype("float32")}
 
 
+def test_a_ratio_follows_the_optimisers_own_learning_rate():
+    group = GroupConfig("head", learning_rate_ratio=16.0, weight_decay=0.5)
+    for rate in (0.001, 0.02):
+        config = OptimizerConfig(learning_rate=rate, schedule="constant", groups=(group,))
+        assert config.group("head") == GroupConfig("head", 16 * rate, "constant", 0.5)
+        assert make_schedule(config, "head", 4)(2) == pytest.approx(16 * rate)
+
+
 @pytest.mark.parametrize(
     ("rules", "groups", "message"),
     [
@@ -213,6 +221,11 @@ def test_settings_that_cannot_be_meant_are_refused(arguments: dict, message: str
         ({"name": "a/b"}, "group name 'a/b'"),
         ({"name": "head", "schedule": "lin"}, "schedule of optimiser group 'head' 'lin'"),
         ({"name": "head", "learning_rate": -1.0}, "learning_rate of optimiser group 'head'"),
+        ({"name": "head", "learning_rate_ratio": -1.0}, "learning_rate_ratio of optimiser group 'head' is -1.0"),
+        (
+            {"name": "head", "learning_rate": 0.1, "learning_rate_ratio": 2.0},
+            "'head' has both learning_rate=0.1 and learning_rate_ratio=2.0; set one",
+        ),
     ],
 )
 def test_group_settings_that_cannot_be_meant_are_refused(arguments: dict, message: str):

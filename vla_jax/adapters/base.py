@@ -8,13 +8,14 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vla_jax.errors import UserError, unknown
+from vla_jax.slots import Site
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "swish", "identity"]
 
@@ -31,6 +32,23 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+AXES = ("layers", "tasks", "towers", "slots")
+"""What parameters can be shared over."""
+
+
+class Share(NamedTuple):
+    """Parameters that several places use together.
+
+    Attributes:
+        pattern: a regular expression that must match the whole of a parameter's name within its module, such as
+            ``down/.*``.
+        over: what they are shared over, of :data:`AXES`; none for parameters that are not shared after all.
+    """
+
+    pattern: str
+    over: tuple[str, ...]
+
+
 class Method(abc.ABC):
     """An adapter method: a frozen dataclass of its settings.
 
@@ -38,29 +56,45 @@ class Method(abc.ABC):
         kind: the method's name in configurations, checkpoints and messages.
         slots: where it may sit.
         joint: whether it takes both towers' streams instead of one slot's input and output.
+        uses_weights: whether it needs the frozen map at its slot, which must be a linear one.
+        conditioned: whether it needs the image's feature; it then sits at the text tower's slot ``tokens``.
     """
 
     kind: ClassVar[str]
     slots: ClassVar[tuple[str, ...]]
     joint: ClassVar[bool] = False
+    uses_weights: ClassVar[bool] = False
+    conditioned: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def module(self) -> nn.Module:
+    def module(self, site: Site) -> nn.Module:
         """The module for one example and one layer.
 
         Made with ``parent=None``, since it is applied inside a backbone's own module. It is called as
         ``module(x, y) -> y'`` with ``[tokens, width]`` arrays (a joint method:
-        ``module(image, text, words) -> (image', text')``) and given a ``dropout`` key in training.
+        ``module(image, text, words) -> (image', text')``; one that uses weights: ``module(x, y, weights)``, a
+        :class:`~vla_jax.slots.LinearWeights`; a conditioned one: ``module(x, y, image_feature)``; one at the slot
+        ``side``: ``module(states, y, seen)``) and given a ``dropout`` key in training. Parameters whose names begin
+        with ``frozen/`` are stored and not trained.
         """
 
     @abc.abstractmethod
-    def parameter_count(self, in_width: int, out_width: int) -> int:
-        """Parameters of one layer at a slot of these widths (joint: towers of these widths), in closed form."""
+    def parameter_counts(self, site: Site) -> dict[str, int]:
+        """How many numbers each parameter of one layer at a site has, by its name within the module, in closed form.
+
+        Raises:
+            UserError: where the method does not fit the site.
+        """
+
+    @property
+    def sharing(self) -> tuple[Share, ...]:
+        """What places share by the method's definition; the first pattern that matches wins."""
+        return ()
 
     @property
     @abc.abstractmethod
     def starts_as_identity(self) -> bool:
-        """Whether a new adapter returns y bit for bit."""
+        """Whether a new adapter returns y: bit for bit, or to rounding where it uses the frozen weights."""
 
     @property
     def uses_dropout(self) -> bool:
@@ -69,11 +103,25 @@ class Method(abc.ABC):
 
     def with_rank(self, rank: int) -> Self:
         """The same method with another rank."""
-        return dataclasses.replace(self, rank=rank)
+        return self._replaced("rank", rank)
+
+    def with_alpha(self, alpha: float) -> Self:
+        """The same method with another numerator of its scale."""
+        return self._replaced("alpha", alpha)
+
+    def _replaced(self, field: str, value: Any) -> Self:
+        if field not in {field.name for field in dataclasses.fields(self)}:
+            raise UserError(f"{self.kind} has no {field} that a table could set")
+        return dataclasses.replace(self, **{field: value})
 
     def describe(self) -> dict[str, Any]:
         """The settings as JSON-able values, with the method's kind."""
         return {"kind": self.kind} | dataclasses.asdict(self)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """The method with the settings that :meth:`describe` gave, less the kind, as JSON may have changed them."""
+        return cls(**settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +183,7 @@ def method_from_description(description: Mapping[str, Any]) -> Method:
     for name in settings:
         if name not in allowed:
             raise unknown(f"setting of {kind}", name, allowed)
-    return known[kind](**settings)
+    return known[kind].from_settings(settings)
 
 
 class Linear(nn.Module):

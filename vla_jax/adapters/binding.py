@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -16,11 +16,23 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.errors import UserError
-from vla_jax.names import Tree
-from vla_jax.slots import Joint, Occupancy, Segment, Slot, empty_slot
+from vla_jax.names import Tree, flatten, unflatten
+from vla_jax.slots import (
+    SINGLE_SLOTS,
+    Inserted,
+    Joint,
+    KeysValues,
+    LinearWeights,
+    Occupancy,
+    Segment,
+    Slot,
+    empty_slot,
+)
 
 if TYPE_CHECKING:
     from vla_jax.adapters.plan import Group, Plan
+
+Readings = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
@@ -29,150 +41,267 @@ class BoundAdapters:
 
     Attributes:
         params: the tree below ``adapters/``.
+        dropped: ``int32 []``, adapters of the first so many layers are switched off; or None.
         plan: where they belong; static.
+        inspect: whether modules hand out what they sow; static.
     """
 
     params: Tree
+    dropped: jax.Array | None
     plan: Plan = flax.struct.field(pytree_node=False)
+    inspect: bool = flax.struct.field(pytree_node=False, default=False)
 
     def occupy(self, route: jax.Array | None, key: jax.Array | None) -> Occupancy:
         """Binds the adapters to a batch; see :class:`vla_jax.slots.Adapters`."""
-        members = [_Member(group, _at(self.params, group.path), _layer_keys(group, key)) for group in self.plan.groups]
-        embed, segments = {}, {}
+        flat = flatten(self.params)
+        batch = _Batch(route, self.dropped, self.inspect)
+        members = [_Member(group, flat, batch, key) for group in self.plan.groups]
+        insert, embed, segments, side, projection = {}, {}, {}, {}, {}
         for tower, depth in self.plan.depths:
-            own = [member for member in members if tower in member.group.towers and not member.group.method.joint]
-            at_start = [member for member in own if member.group.slot == "embed"]
-            in_blocks = [member for member in own if member.group.slot != "embed"]
-            first = _tree(at_start, tower, 0, 1)
-            embed[tower] = _fill(at_start, route)(jax.tree.map(lambda a: a[0], first)) if at_start else empty_slot
-            segments[tower] = _segments(in_blocks, tower, depth, route)
+            own = [member for member in members if member.group.site.tower == tower]
+            single = {slot: [m for m in own if m.group.site.slot == slot] for slot in SINGLE_SLOTS}
+            if single["tokens"]:
+                insert[tower] = functools.partial(_insert, single["tokens"])
+            if single["side"]:
+                side[tower] = functools.partial(_beside, single["side"])
+            embed[tower] = _single(single["embed"])
+            projection[tower] = _single(single["projection"])
+            in_blocks = [member for member in own if member.group.site.slot not in SINGLE_SLOTS]
+            segments[tower] = _segments(in_blocks, depth)
         joints = [
-            Joint(vision, text, functools.partial(_join, member, index, route))
+            Joint(vision, text, functools.partial(_join, member, index))
             for member in members
             if member.group.method.joint
             for index, (vision, text) in enumerate(zip(*member.group.layers, strict=True))
         ]
         # Stable, so that joints of one pair act in the order of their placements.
         joints.sort(key=lambda joint: (joint.vision_layer, joint.text_layer))
-        return Occupancy(embed, segments, tuple(joints))
+        conditioned = any(group.method.conditioned for group in self.plan.groups)
+        return Occupancy(insert, embed, segments, tuple(joints), side, projection, conditioned)
+
+
+class _Batch:
+    """What all adapters of one forward pass have in common."""
+
+    def __init__(self, route: jax.Array | None, dropped: jax.Array | None, inspect: bool):
+        self.route, self.dropped, self.inspect = route, dropped, inspect
+
+    def on(self, layer: jax.Array | None, batch: int) -> jax.Array | None:
+        """For which examples an adapter of a layer acts, ``bool [batch]``; None for all of them."""
+        on = None if self.route is None else self.route >= 0
+        if layer is None:
+            return on
+        kept = jnp.broadcast_to(layer >= self.dropped, (batch,))
+        return kept if on is None else on & kept
 
 
 class _Member:
-    """A group with its parameters and its dropout keys, both stacked over its layers."""
+    """A group with what it needs of one forward pass.
 
-    def __init__(self, group: Group, params: Any, keys: jax.Array | None):
-        self.group = group
-        self.tree = {"params": params} | ({} if keys is None else {"keys": keys})
+    Attributes:
+        group: the group.
+        shared: parameters by name that all of its layers share.
+        tree: what belongs to one layer, stacked over the group's layers: parameters, and with dropout their keys, and
+            their number where some layers may be switched off.
+    """
 
-    def index(self, tower: str, layer: int) -> int | None:
-        """Where in the stack a tower's layer stands; None where the group does not serve it."""
-        served = self.group.layers[self.group.towers.index(tower)]
-        return served.index(layer) if layer in served else None
+    def __init__(self, group: Group, flat: Mapping[str, jax.Array], batch: _Batch, key: jax.Array | None):
+        self.group, self.batch = group, batch
+        self.shared = {leaf.name: flat[leaf.path] for leaf in group.leaves if not leaf.by_layer}
+        self.tree: dict[str, Any] = {"params": {leaf.name: flat[leaf.path] for leaf in group.leaves if leaf.by_layer}}
+        if key is not None and group.method.uses_dropout:
+            own = jax.random.fold_in(key, zlib.crc32("/".join(group.path).encode()))
+            self.tree["keys"] = jax.random.split(own, group.depth)
+        # What a tower has once belongs to none of its blocks; what joins two blocks goes with either.
+        if batch.dropped is not None and group.site.slot not in SINGLE_SLOTS:
+            self.tree["layers"] = jnp.array([min(column) for column in zip(*group.layers, strict=True)])
+        self.by_task = {leaf.name: leaf.by_task for leaf in group.leaves}
+
+    def slice(self, start: int, stop: int) -> Any:
+        """What belongs to consecutive layers of the tower, sliced only where it must be."""
+        first, count = self.group.layers[0].index(start), stop - start
+        if count == self.group.depth:
+            return self.tree
+        return jax.tree.map(lambda a: a[first : first + count], self.tree)
+
+    def at(self, index: int) -> Any:
+        """What belongs to the index-th layer served."""
+        return jax.tree.map(lambda a: a[index], self.tree)
+
+    def apply(self, layer: Any, arrays: tuple[Any, ...], weights: LinearWeights | None) -> tuple[Any, Readings]:
+        """What the module of one layer makes of a batch, and what it sows.
+
+        Args:
+            layer: the layer's slice of the tree.
+            arrays: the module's inputs, ``[batch, ...]``.
+            weights: the frozen map at the slot, for a method that uses it.
+        """
+        group, inspect = self.group, self.batch.inspect
+        module = group.method.module(group.site)
+        given = (weights,) if group.method.uses_weights else ()
+
+        def call(params: Any, key: jax.Array | None, *example: Any) -> tuple[Any, Readings]:
+            rngs = None if key is None else {"dropout": key}
+            variables = {"params": unflatten(params)}
+            if not inspect:
+                return module.apply(variables, *example, *given, rngs=rngs), {}
+            result, sown = module.apply(variables, *example, *given, rngs=rngs, mutable=["intermediates"])
+            return result, {f"{'/'.join(group.path)}/{name}": value for name, value in _sown(sown).items()}
+
+        params = self.shared | layer["params"]
+        return apply(call, params, self.by_task, arrays, self.batch.route, layer.get("keys"))
+
+    def on(self, layer: Any, batch: int) -> jax.Array | None:
+        """For which examples the layer acts; None for all of them."""
+        return self.batch.on(layer.get("layers"), batch)
 
 
 def apply(
     call: Callable[..., Any],
-    params: Any,
+    params: Mapping[str, jax.Array],
+    by_task: Mapping[str, bool],
     arrays: Sequence[Any],
-    outputs: Any,
     route: jax.Array | None,
-    stacked: bool,
     key: jax.Array | None,
 ) -> Any:
     """Applies a module written for one example to a batch.
 
     Args:
         call: ``call(params, key, *example) -> output``.
-        params: one layer's parameters; ``[tasks, ...]`` where ``stacked``.
+        params: one layer's parameters by name.
+        by_task: by name, whether a parameter has a leading axis of tasks.
         arrays: the module's inputs, ``[batch, ...]``.
-        outputs: what comes back, unchanged, for examples routed to -1.
         route: ``int32 [batch]``, or None. A route beyond the last task turns the example's output into NaN, which a
             training loop stops at, instead of borrowing another task's weights.
-        stacked: whether the parameters have a task axis.
         key: the layer's dropout key, or None; each example gets its own, so that sharding the batch changes nothing.
     """
-    if stacked and route is None:
+    if any(by_task.values()) and route is None:
         raise UserError("adapters stacked over tasks need a route, int32 [batch]: each example's task, -1 for none")
     batch = jax.tree.leaves(arrays)[0].shape[0]
     keys = None if key is None else jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(batch))
-    if stacked:
+    if route is not None:
         chosen = jnp.maximum(route, 0)
-        params = jax.tree.map(lambda a: a.at[chosen].get(mode="fill", fill_value=jnp.nan), params)
-    axes = (0 if stacked else None, None if keys is None else 0) + (0,) * len(arrays)
-    result = jax.vmap(call, in_axes=axes)(params, keys, *arrays)
-    if route is None:
-        return result
-    if jax.tree.map(jnp.shape, result) != jax.tree.map(jnp.shape, outputs):
-        raise UserError("an adapter that adds tokens cannot be routed: the examples it is off for lack them")
-    on = lambda a: (route >= 0).reshape((-1,) + (1,) * (a.ndim - 1))  # noqa: E731
-    return jax.tree.map(lambda new, old: jnp.where(on(new), new, old), result, outputs)
+        params = {
+            name: a.at[chosen].get(mode="fill", fill_value=jnp.nan) if by_task[name] else a
+            for name, a in params.items()
+        }
+    axes = ({name: 0 if by_task[name] else None for name in params}, None if keys is None else 0)
+    return jax.vmap(call, in_axes=(*axes, *[0] * len(arrays)))(params, keys, *arrays)
 
 
-def _call(group: Group) -> Callable[..., Any]:
-    module = group.method.module()
-
-    def call(params: Any, key: jax.Array | None, *example: jax.Array) -> Any:
-        return module.apply({"params": params}, *example, rngs=None if key is None else {"dropout": key})
-
-    return call
-
-
-def _fill(members: Sequence[_Member], route: jax.Array | None) -> Callable[[Any], Slot]:
-    """What makes a block's slots from its layer's slice of :func:`_tree`."""
-    calls = [_call(member.group) for member in members]
-
-    def fill(tree: Any) -> Slot:
-        def slot(name: str, x: jax.Array, y: Any) -> Any:
-            for member, call, layer in zip(members, calls, tree, strict=True):
-                if member.group.slot == name:
-                    stacked = member.group.tasks > 0
-                    y = apply(call, layer["params"], (x, y), y, route, stacked, layer.get("keys"))
-            return y
-
-        return slot
-
-    return fill
+def where_on(on: jax.Array | None, new: Any, old: Any) -> Any:
+    """New values for the examples that an adapter acts on, old ones for the others."""
+    if on is None:
+        return new
+    shaped = lambda a: on.reshape((-1,) + (1,) * (a.ndim - 1))  # noqa: E731
+    return jax.tree.map(lambda a, b: jnp.where(shaped(a), a, b), new, old)
 
 
-def _segments(members: Sequence[_Member], tower: str, depth: int, route: jax.Array | None) -> tuple[Segment, ...]:
+class _FilledSlot:
+    """The slots of one block, or one of those that a tower has once, with what sits there."""
+
+    def __init__(self, members: Sequence[_Member], tree: Any):
+        self._members, self._tree = members, tree
+        self.readings: Readings = {}
+
+    def __call__(self, name: str, x: jax.Array, y: Any, weights: LinearWeights | None = None) -> Any:
+        for member, layer in zip(self._members, self._tree, strict=True):
+            if member.group.site.slot != name:
+                continue
+            if name == "attn_kv":
+                y = self._put_in_front(member, layer, x, y)
+                continue
+            new, readings = member.apply(layer, (x, y), weights)
+            if new.shape != y.shape:
+                raise UserError(
+                    f"adapter {'/'.join(member.group.path)} made {new.shape[1:]} of {y.shape[1:]}; only the slots "
+                    "tokens and attn_kv may change the number of tokens"
+                )
+            y = where_on(member.on(layer, x.shape[0]), new, y)
+            self.readings |= readings
+        return y
+
+    def _put_in_front(self, member: _Member, layer: Any, x: jax.Array, y: KeysValues) -> KeysValues:
+        """Keys and values with what an adapter puts in front, unseen by the examples that it is off for."""
+        old = (y.keys, y.values)
+        (keys, values), readings = member.apply(layer, (x, old), None)
+        self.readings |= readings
+        on, added = member.on(layer, x.shape[0]), keys.shape[1] - y.keys.shape[1]
+        if on is not None:
+            tail = where_on(on, (keys[:, added:], values[:, added:]), old)
+            keys, values = (jnp.concatenate([a[:, :added], b], 1) for a, b in zip((keys, values), tail, strict=True))
+        return KeysValues(keys, values, _seen(on, added, y.seen, y.keys.shape[1] - x.shape[1], x.shape[0], front=True))
+
+
+def _seen(
+    on: jax.Array | None, added: int, before: jax.Array | None, count: int, batch: int, front: bool
+) -> jax.Array | None:
+    """Who sees tokens that were added to ``count`` others, of which ``before`` says who sees them."""
+    if on is None and before is None:
+        return None
+    new = jnp.ones((batch, added), bool) if on is None else jnp.broadcast_to(on[:, None], (batch, added))
+    old = jnp.ones((batch, count), bool) if before is None else before
+    return jnp.concatenate([new, old] if front else [old, new], axis=1)
+
+
+def _single(members: Sequence[_Member]) -> Slot:
+    return _FilledSlot(members, [member.at(0) for member in members]) if members else empty_slot
+
+
+def _insert(
+    members: Sequence[_Member], embedded: jax.Array, image: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The tokens that a tower's adapters insert; see :data:`vla_jax.slots.Insert`."""
+    inserted, batch = Inserted(0, 0), embedded.shape[0]
+    tokens = embedded[:, :0]
+    for member in members:
+        layer = member.at(0)
+        arrays = (embedded, tokens, image) if member.group.method.conditioned else (embedded, tokens)
+        new, _ = member.apply(layer, arrays, None)
+        on, count = member.on(layer, batch), inserted.count
+        new = jnp.concatenate([where_on(on, new[:, :count], tokens), new[:, count:]], axis=1).astype(embedded.dtype)
+        seen = _seen(on, new.shape[1] - count, inserted.seen, count, batch, front=False)
+        tokens, inserted = new, Inserted(0, new.shape[1], seen)
+    return tokens, inserted.seen
+
+
+def _beside(members: Sequence[_Member], states: jax.Array, stream: jax.Array, seen: jax.Array) -> jax.Array:
+    """The stream with what runs beside the tower; see :data:`vla_jax.slots.Side`."""
+    batch = stream.shape[0]
+    # The frozen tower is read, never trained through: this is what makes a side network cheap.
+    by_example = jax.lax.stop_gradient(states).swapaxes(0, 1)  # [batch, states, tokens, width]
+    seen = jnp.broadcast_to(seen, (batch, *seen.shape[1:]))
+    for member in members:
+        layer = member.at(0)
+        new, _ = member.apply(layer, (by_example, stream, seen), None)
+        stream = where_on(member.on(layer, batch), new, stream)
+    return stream
+
+
+def _segments(members: Sequence[_Member], depth: int) -> tuple[Segment, ...]:
     """Cuts a tower where the set of groups that serve a layer changes."""
-    serving = [tuple(m for m in members if m.index(tower, layer) is not None) for layer in range(depth)]
+    serving = [tuple(m for m in members if layer in m.group.layers[0]) for layer in range(depth)]
     cuts = [0] + [k for k in range(1, depth) if serving[k] != serving[k - 1]] + [depth]
     return tuple(
-        Segment(start, stop, _tree(serving[start], tower, start, stop), _fill(serving[start], route))
+        Segment(
+            start,
+            stop,
+            tuple(member.slice(start, stop) for member in serving[start]),
+            functools.partial(_FilledSlot, serving[start]),
+        )
         for start, stop in itertools.pairwise(cuts)
     )
 
 
-def _tree(members: Sequence[_Member], tower: str, start: int, stop: int) -> tuple[Any, ...]:
-    """The members' parameters and keys for consecutive layers of a tower, sliced only where they must be."""
-    trees = []
-    for member in members:
-        first, count = member.index(tower, start), stop - start
-        cut = slice(first, first + count)
-        tree = member.tree if count == member.group.depth else jax.tree.map(lambda a, cut=cut: a[cut], member.tree)
-        if "keys" in tree:
-            # Tied towers share weights, never the places that dropout picks.
-            salt = zlib.crc32(tower.encode())
-            tree = tree | {"keys": jax.vmap(lambda k, salt=salt: jax.random.fold_in(k, salt))(tree["keys"])}
-        trees.append(tree)
-    return tuple(trees)
-
-
 def _join(
-    member: _Member, index: int, route: jax.Array | None, image: jax.Array, text: jax.Array, words: jax.Array
+    member: _Member, index: int, image: jax.Array, text: jax.Array, words: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    layer = jax.tree.map(lambda a: a[index], member.tree)
-    arrays, stacked = (image, text, words), member.group.tasks > 0
-    return apply(_call(member.group), layer["params"], arrays, (image, text), route, stacked, layer.get("keys"))
+    layer = member.at(index)
+    new, _ = member.apply(layer, (image, text, words), None)
+    return where_on(member.on(layer, image.shape[0]), new, (image, text))
 
 
-def _layer_keys(group: Group, key: jax.Array | None) -> jax.Array | None:
-    """One dropout key a layer, or None where the method or the pass uses none."""
-    if key is None or not group.method.uses_dropout:
-        return None
-    return jax.random.split(jax.random.fold_in(key, zlib.crc32("/".join(group.path).encode())), group.depth)
-
-
-def _at(tree: Tree, path: Sequence[str]) -> Any:
-    return functools.reduce(lambda node, part: node[part], path, tree)
+def _sown(collections: Tree) -> dict[str, jax.Array]:
+    """What a module sowed, by name; a module that runs several times in one call has an axis of these in front."""
+    sown = flatten(collections.get("intermediates", {}))
+    return {name: values[0] if len(values) == 1 else jnp.stack(values) for name, values in sown.items()}

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from vla_jax.adapters.base import ACTIVATIONS, Activation, Linear, Method, Sized, check_activation
 from vla_jax.errors import UserError, unknown
+from vla_jax.slots import Site
 
 Mix = Literal["none", "gate", "attention", "gate_attention"]
 Direction = Literal["both", "to_vision", "to_text"]
@@ -88,18 +89,29 @@ class Fusion(Sized, Method):
             raise UserError(f"shared fusion weights need towers of one width, got {vision_width} and {text_width}")
         return rank
 
-    def module(self) -> nn.Module:
+    def module(self, site: Site) -> nn.Module:
         """The module for one example and one pair of layers."""
+        del site
         return FusionModule(self, parent=None)
 
-    def parameter_count(self, in_width: int, out_width: int) -> int:
+    def parameter_counts(self, site: Site) -> dict[str, int]:
         """Two bottlenecks; for each stream that hears, ``3 r^2`` for attention and ``2 r^2 + r`` for a gate."""
-        rank = self.common_width(in_width, out_width)
-        bottlenecks = [2 * w * rank + rank + w + (2 * w if self.layer_norm else 0) for w in (in_width, out_width)]
-        hears = (3 * rank**2 if self.attends else 0) + (2 * rank**2 + rank if self.gates else 0)
+        rank = self.common_width(*site.widths)
+        hears_image, hears_text = self.direction != "to_vision", self.direction != "to_text"
+        sides = [("vision", site.widths[0], hears_text), ("text", site.widths[1], hears_image)]
         if self.shared:
-            return bottlenecks[0] + hears
-        return sum(bottlenecks) + hears * (2 if self.direction == "both" else 1)
+            sides = [("shared", site.widths[0], True)]
+        counts = {}
+        for side, width, hears in sides:
+            own = {"reduce/kernel": width * rank, "reduce/bias": rank}
+            own |= {"expand/kernel": rank * width, "expand/bias": width}
+            own |= {"norm/scale": width, "norm/bias": width} if self.layer_norm else {}
+            if hears and self.attends:
+                own |= {f"{map_name}/kernel": rank**2 for map_name in ("query", "key", "value")}
+            if hears and self.gates:
+                own |= {"gate/kernel": 2 * rank**2, "gate/bias": rank}
+            counts |= {f"{side}/{name}": count for name, count in own.items()}
+        return counts
 
     @property
     def starts_as_identity(self) -> bool:

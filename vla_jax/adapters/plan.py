@@ -1,67 +1,124 @@
-"""Placements resolved against a backbone's towers: which parameters there are, how they are stacked and begin."""
+"""Plans: which parameters the adapters of one backbone have, how they are stacked, shared and begin."""
 
 from __future__ import annotations
 
-import itertools
-import re
+import dataclasses
+import functools
+import operator
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vla_jax.adapters.base import Method, Sized
+from vla_jax.adapters.base import Method
 from vla_jax.adapters.binding import BoundAdapters
-from vla_jax.adapters.layers import layers
 from vla_jax.adapters.placement import Placement
-from vla_jax.errors import UserError, unknown
+from vla_jax.errors import UserError
 from vla_jax.names import Tree, flatten, unflatten
-from vla_jax.slots import TowerShape
+from vla_jax.slots import LINEAR_MAPS, SINGLE_SLOTS, LinearWeights, Site
+
+
+class Leaf(NamedTuple):
+    """One parameter of a group.
+
+    Attributes:
+        name: within the method's module.
+        path: below ``adapters/``; groups that share a parameter name the same one.
+        by_layer: whether it has an axis of layers, which then comes first.
+        by_task: whether it has an axis of tasks.
+    """
+
+    name: str
+    path: str
+    by_layer: bool
+    by_task: bool
+
+    @property
+    def task_axis(self) -> int | None:
+        """Where the axis of tasks stands; None for a parameter without one."""
+        return int(self.by_layer) if self.by_task else None
 
 
 class Group(NamedTuple):
-    """Parameters of one shape, stacked over the layers they serve.
+    """One method at one slot of one tower, stacked over the layers it serves.
 
     Attributes:
-        path: the first parts of the parameters' names.
+        path: its own name, the first parts of the names of the parameters that it shares with nobody.
         method: what sits in these layers.
-        towers: the towers served; more than one where they share weights, and both for a joint method.
-        slot: the slot served.
+        site: the place.
         layers: by tower, the layers served, ascending; for a joint method the k-th of both towers make a pair.
-        widths: of x and y at the slot; for a joint method of the two towers.
         tasks: how many tasks have weights of their own, 0 for weights without a task axis.
+        leaves: its parameters.
     """
 
     path: tuple[str, ...]
     method: Method
-    towers: tuple[str, ...]
-    slot: str
+    site: Site
     layers: tuple[tuple[int, ...], ...]
-    widths: tuple[int, int]
     tasks: int
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers served."""
+        return ("vision", "text") if self.method.joint else (self.site.tower,)
 
     @property
     def depth(self) -> int:
-        """How many layers the parameters are stacked over."""
+        """How many layers it serves."""
         return len(self.layers[0])
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """New parameters ``[layers, (tasks,) ...]``."""
-        module = self.method.module()
-        first, second = (jnp.zeros((1, width)) for width in self.widths)
-        example = (first, second, jnp.ones((1,), bool)) if self.method.joint else (first, second)
-        if self.slot == "attn_kv":
-            example = (first, (second, second))
-        lead = (self.depth, self.tasks) if self.tasks else (self.depth,)
-        init = lambda k: module.init(k, *example)["params"]  # noqa: E731
-        for _ in lead:
-            init = jax.vmap(init)
-        return init(jax.random.split(jax.random.fold_in(key, zlib.crc32("/".join(self.path).encode())), lead))
+    def init(self, key: jax.Array, weights: LinearWeights | None) -> dict[str, Any]:
+        """New parameters by path, those included that other groups share.
 
-    def parameter_count(self) -> int:
-        """Parameters of all layers and tasks, from the method's closed formula."""
-        return self.method.parameter_count(*self.widths) * self.depth * max(1, self.tasks)
+        Args:
+            key: of the whole plan.
+            weights: the frozen maps at the layers served, each ``[layers, ...]``; for a method that uses them.
+        """
+        own = jax.random.fold_in(key, zlib.crc32("/".join(self.path).encode()))
+        keys = jax.random.split(own, (self.depth, max(1, self.tasks)))
+        new = {}
+        # What is shared is drawn once: a network that makes the weights of all layers and tasks is large.
+        for by_layer, by_task in sorted({(leaf.by_layer, leaf.by_task) for leaf in self.leaves}):
+            drawn = self._draw(keys if by_layer else keys[0], weights, by_layer, by_task)
+            alike = [leaf for leaf in self.leaves if (leaf.by_layer, leaf.by_task) == (by_layer, by_task)]
+            new |= {leaf.path: drawn[leaf.name] for leaf in alike}
+        return {leaf.path: new[leaf.path] for leaf in self.leaves}
+
+    def _draw(
+        self, keys: jax.Array, weights: LinearWeights | None, by_layer: bool, by_task: bool
+    ) -> dict[str, jax.Array]:
+        """Parameters by name, with an axis of layers, of tasks, of both or of none; keys ``[(layers,) tasks]``."""
+        module = self.method.module(self.site)
+
+        def init(key: jax.Array, weights: LinearWeights | None) -> dict[str, jax.Array]:
+            return flatten(module.init(key, *example(self.method, self.site, weights))["params"])
+
+        if by_task:
+            init = jax.vmap(init, in_axes=(0, None))
+        else:
+            keys = keys[..., 0]
+        if by_layer:
+            return jax.vmap(init)(keys, weights)
+        return init(keys, jax.tree.map(lambda a: a[0], weights))
+
+    def above(self, dropped: Mapping[str, int]) -> Group | None:
+        """The group without what sits in the first so many blocks of a tower; None if nothing is left of it.
+
+        An adapter that joins two blocks goes with either. What a tower has once belongs to no block and stays.
+        """
+        if self.site.slot in SINGLE_SLOTS:
+            return self
+        first = [dropped.get(tower, 0) for tower in self.towers]
+        kept = [column for column in zip(*self.layers, strict=True) if all(map(operator.ge, column, first))]
+        return self._replace(layers=tuple(zip(*kept, strict=True))) if kept else None
+
+    def places(self) -> Iterator[tuple[str, int]]:
+        """The (tower, layer) of every place served."""
+        for tower, served in zip(self.towers, self.layers, strict=True):
+            yield from ((tower, layer) for layer in served)
 
 
 class Plan(NamedTuple):
@@ -77,155 +134,177 @@ class Plan(NamedTuple):
     groups: tuple[Group, ...]
     depths: tuple[tuple[str, int], ...]
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """New parameters, the tree that stands below ``adapters/``."""
-        flat = {}
-        for group in self.groups:
-            flat |= flatten(group.init(key), "/".join(group.path))
+    def init(self, key: jax.Array, backbone: Tree | None = None) -> dict[str, Any]:
+        """New parameters, the tree that stands below ``adapters/``.
+
+        Args:
+            key: everything is drawn from it; a group's draw depends on its name alone.
+            backbone: the tree below ``backbone/``; only methods that use the frozen weights need it.
+
+        Raises:
+            UserError: where a method needs the backbone and there is none.
+        """
+        flat: dict[str, Any] = {}
+        for group in self._owners():
+            new = group.init(key, _weights(group, backbone) if group.method.uses_weights else None)
+            flat |= {path: value for path, value in new.items() if path not in flat}
         return unflatten(flat)
 
-    def bind(self, params: Tree) -> BoundAdapters:
-        """Parameters and plan together: what a backbone takes as its ``adapters`` argument."""
-        return BoundAdapters(params, self)
+    def shapes(self) -> dict[str, Any]:
+        """The shapes and dtypes of :meth:`init`, of which nothing is computed."""
+        flat: dict[str, Any] = {}
+        for group in self._owners():
+            new = jax.eval_shape(group.init, jax.random.key(0), _abstract_weights(group))
+            flat |= {path: value for path, value in new.items() if path not in flat}
+        return unflatten(flat)
+
+    def bind(self, params: Tree, dropped: jax.Array | None = None, inspect: bool = False) -> BoundAdapters:
+        """Parameters and plan together: what a backbone takes as its ``adapters`` argument.
+
+        Args:
+            params: the tree below ``adapters/``.
+            dropped: ``int32 []``, the adapters in the first so many blocks of every tower are switched off, as
+                :meth:`Group.above` tells them (AdapterDrop; Rücklé et al. 2021); an argument of the compiled program,
+                so that every batch may have its own.
+            inspect: whether modules hand out what they sow.
+        """
+        return BoundAdapters(params, dropped, self, inspect)
 
     def parameter_count(self) -> int:
         """Parameters of all groups, from the methods' closed formulas."""
-        return sum(group.parameter_count() for group in self.groups)
+        counts: dict[str, int] = {}
+        for group in self.groups:
+            own = group.method.parameter_counts(group.site)
+            for leaf in group.leaves:
+                times = (group.depth if leaf.by_layer else 1) * (group.tasks if leaf.by_task else 1)
+                counts[leaf.path] = own[leaf.name] * times
+        return sum(counts.values())
+
+    def leaves(self) -> dict[str, Leaf]:
+        """Every parameter by its path; of a shared one, as the first group has it."""
+        found: dict[str, Leaf] = {}
+        for group in self.groups:
+            for leaf in group.leaves:
+                found.setdefault(leaf.path, leaf)
+        return found
+
+    def single(self) -> Plan:
+        """The same plan for one task alone."""
+        placements = tuple(dataclasses.replace(placement, tasks=()) for placement in self.placements)
+        groups = tuple(
+            group._replace(tasks=0, leaves=tuple(leaf._replace(by_task=False) for leaf in group.leaves))
+            for group in self.groups
+        )
+        return self._replace(placements=placements, groups=groups)
+
+    def select_task(self, params: Tree, task: int) -> dict[str, Any]:
+        """One task's parameters, as :meth:`single` takes them; what tasks share is among them."""
+        leaves = self.leaves()
+        chosen = {}
+        for path, value in flatten(params).items():
+            axis = leaves[path].task_axis
+            chosen[path] = value if axis is None else value[(slice(None),) * axis + (task,)]
+        return unflatten(chosen)
+
+    def set_task(self, params: Tree, task: int, own: Tree) -> dict[str, Any]:
+        """The parameters with one task's replaced by ``own``; what tasks share stays as it is."""
+        leaves, given = self.leaves(), flatten(own)
+        changed = {}
+        for path, value in flatten(params).items():
+            axis = leaves[path].task_axis
+            at = (slice(None),) * (axis or 0) + (task,)
+            changed[path] = value if axis is None else jnp.asarray(value).at[at].set(given[path])
+        return unflatten(changed)
 
     def first_layers(self) -> dict[str, int]:
         """By tower, how many blocks a forward pass goes through before it meets the first adapter."""
         first = dict(self.depths)
         for group in self.groups:
-            for tower, served in zip(group.towers, group.layers, strict=True):
+            if group.site.slot == "projection":
+                continue
+            for tower, layer in group.places():
                 # A joint meets the stream after its block, every other adapter within it.
-                first[tower] = min(first[tower], served[0] + group.method.joint)
+                first[tower] = min(first[tower], layer + group.method.joint)
         return first
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether the features of one modality depend on what of the other stands beside it."""
+        return any(group.method.joint or group.method.conditioned for group in self.groups)
+
+    @property
+    def inserts_tokens(self) -> bool:
+        """Whether adapters put tokens into a stream, which then has to be run from its embeddings on."""
+        return any(group.site.slot == "tokens" for group in self.groups)
 
     def describe(self) -> list[dict[str, Any]]:
         """The placements as JSON-able values, for a checkpoint's metadata."""
         return [placement.describe() for placement in self.placements]
 
+    def _owners(self) -> Iterator[Group]:
+        """The groups that have a parameter which no group before them has."""
+        seen: set[str] = set()
+        for group in self.groups:
+            paths = {leaf.path for leaf in group.leaves}
+            if paths - seen:
+                yield group
+            seen |= paths
 
-def place(placements: Placement | Sequence[Placement], towers: Mapping[str, TowerShape]) -> Plan:
-    """Resolves placements against a backbone's towers.
+
+def example(method: Method, site: Site, weights: LinearWeights | None = None, tokens: int = 1) -> tuple[Any, ...]:
+    """What a module of a method at a site is called with: zeros for so many tokens.
 
     Args:
-        placements: one or several; where several occupy one slot, they act in this order.
-        towers: by name, each tower's depth and widths (``CLIPConfig.towers``).
-
-    Raises:
-        UserError: for a tower or a layer that does not exist, two adapters of one name, weights tied over towers that
-            differ, pairs of blocks that cross, or a rank pattern that matches no site.
+        method: the method.
+        site: the place.
+        weights: the frozen map there, for a method that uses it.
+        tokens: how many.
     """
-    placements = (placements,) if isinstance(placements, Placement) else tuple(placements)
-    names = [placement.name for placement in placements]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two adapters are named {name!r}; give each placement a name of its own")
-    groups = tuple(group for placement in placements for group in _groups(placement, towers))
-    _check_order([pair for g in groups if g.method.joint for pair in zip(*g.layers, strict=True)])
-    return Plan(placements, groups, tuple((name, shape.depth) for name, shape in towers.items()))
+    first, second = (jnp.zeros((tokens, width)) for width in site.widths)
+    if method.joint:
+        return first, second, jnp.ones((tokens,), bool)
+    if site.slot == "side":
+        states = jnp.zeros((1 + site.depth, tokens, site.widths[0]))
+        return states, second, jnp.ones((tokens, tokens), bool)
+    if site.slot == "attn_kv":
+        return first, (second, second)
+    if site.slot == "tokens":
+        second = second[:0]
+    if method.uses_weights:
+        return first, second, weights
+    return (first, second, jnp.zeros(site.features)) if method.conditioned else (first, second)
 
 
-def _check_order(pairs: Sequence[tuple[int, int]]) -> None:
-    """Refuses pairs of several placements of which each would have to be reached before the other."""
-    for before, after in itertools.pairwise(sorted(pairs)):
-        if after[1] < before[1]:
-            raise UserError(
-                f"the pairs of blocks (vision, text) {before} and {after} cross, so that neither can be reached first; "
-                "choose pairs that ascend in both towers"
-            )
+@functools.lru_cache(maxsize=1024)
+def leaf_shapes(method: Method, site: Site) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of one layer."""
+    weights = _zero_weights(site, ()) if method.uses_weights else None
+    module = method.module(site)
+    init = lambda key, *example: module.init(key, *example)["params"]  # noqa: E731
+    shapes = flatten(jax.eval_shape(init, jax.random.key(0), *example(method, site, weights)))
+    return {name: leaf.shape for name, leaf in shapes.items()}
 
 
-def _groups(placement: Placement, towers: Mapping[str, TowerShape]) -> list[Group]:
-    for tower in placement.towers:
-        if tower not in towers:
-            raise unknown("tower", tower, towers)
-    if placement.method.joint:
-        served = [(("vision", "text"), "joint", _pairs(placement, towers))]
-    else:
-        own = {tower: layers(placement.layers, towers[tower].depth, f"the {tower} tower") for tower in placement.towers}
-        if placement.tied:
-            served = [(placement.towers, "shared", tuple(own[tower] for tower in placement.towers))]
-        else:
-            served = [((tower,), tower, (own[tower],)) for tower in placement.towers]
-    groups, unused = [], {pattern for pattern, _ in placement.ranks}
-    for names, branch, chosen in served:
-        for slot in placement.slots:
-            columns = tuple(zip(*_served_by_slot(slot, names, chosen), strict=True))
-            by_method: dict[Method, list[tuple[int, ...]]] = {}
-            for column in columns:
-                site = f"{branch}/{slot}/{column[0]}"
-                method = placement.method_at(site)
-                unused -= {pattern for pattern in unused if re.fullmatch(pattern, site)}
-                by_method.setdefault(method, []).append(column)
-            for method, members in by_method.items():
-                # One stack holds one shape; where ranks differ, each has a stack, named by its rank.
-                widths = _widths(placement, names, slot, towers)
-                part = () if len(by_method) == 1 else (f"rank_{_rank(method, widths)}",)
-                method.parameter_count(*widths)  # refuses a rank that does not fit, before anything is computed
-                path = (placement.name, branch, slot, *part)
-                groups.append(
-                    Group(path, method, names, slot, tuple(zip(*members, strict=True)), widths, len(placement.tasks))
-                )
-    if unused:
-        sites = [f"{branch}/{slot}/{k}" for _, branch, chosen in served for slot in placement.slots for k in chosen[0]]
-        raise unknown("rank pattern", sorted(unused)[0], sites, "A pattern must match the whole of a site's name.")
-    return groups
+def _zero_weights(site: Site, lead: tuple[int, ...]) -> LinearWeights:
+    bias = None if site.slot == "projection" else jax.ShapeDtypeStruct((*lead, site.widths[1]), jnp.float32)
+    return LinearWeights(jax.ShapeDtypeStruct((*lead, *site.widths), jnp.float32), bias)
 
 
-def _served_by_slot(
-    slot: str, towers: tuple[str, ...], chosen: tuple[tuple[int, ...], ...]
-) -> tuple[tuple[int, ...], ...]:
-    if slot == "embed":
-        return tuple((0,) for _ in towers)  # one place a tower, before the first block
-    lengths = {len(own) for own in chosen}
-    if len(lengths) > 1:
-        counts = ", ".join(f"{tower}: {len(own)}" for tower, own in zip(towers, chosen, strict=True))
+def _abstract_weights(group: Group) -> LinearWeights | None:
+    return _zero_weights(group.site, (group.depth,)) if group.method.uses_weights else None
+
+
+def _weights(group: Group, backbone: Tree | None) -> LinearWeights:
+    """The frozen maps at a group's layers."""
+    if backbone is None:
         raise UserError(
-            f"tied towers need equally many layers with adapters, got {counts}; try layers such as 'last 4'"
+            f"{group.method.kind} at {'/'.join(group.path)} starts from the frozen weights; give the backbone's "
+            "parameters to Plan.init"
         )
-    return chosen
-
-
-def _pairs(placement: Placement, towers: Mapping[str, TowerShape]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The vision and the text layers of each pair of blocks."""
-    if set(placement.towers) != {"vision", "text"}:
-        raise UserError(f"{placement.method.kind} joins the vision and the text tower; towers must name both")
-    vision, text = towers["vision"].depth, towers["text"].depth
-    if placement.pairs:
-        for tower, depth, column in zip(
-            ("vision", "text"), (vision, text), zip(*placement.pairs, strict=True), strict=True
-        ):
-            for layer in column:
-                if not 0 <= layer < depth:
-                    raise UserError(f"pair names {tower} layer {layer}; the {tower} tower has layers 0 to {depth - 1}")
-            if list(column) != sorted(set(column)):
-                raise UserError(
-                    f"pairs must ascend in both towers; the {tower} layers are {', '.join(map(str, column))}"
-                )
-        pairs = placement.pairs
-    else:
-        count = min(vision, text)
-        # Evenly spread, with the last blocks of both towers paired.
-        spread = [(-(-(k + 1) * vision // count) - 1, -(-(k + 1) * text // count) - 1) for k in range(count)]
-        pairs = [spread[k] for k in layers(placement.layers, count, "the joined towers")]
-    columns = dict(zip(("vision", "text"), zip(*pairs, strict=True), strict=True))
-    return tuple(columns[tower] for tower in ("vision", "text"))
-
-
-def _rank(method: Method, widths: tuple[int, int]) -> int:
-    """The rank that a method has at a slot of these widths."""
-    return method.rank_for(min(widths) if method.joint else widths[1]) if isinstance(method, Sized) else method.rank
-
-
-def _widths(
-    placement: Placement, names: tuple[str, ...], slot: str, towers: Mapping[str, TowerShape]
-) -> tuple[int, int]:
-    if placement.method.joint:
-        return towers["vision"].width, towers["text"].width
-    widths = {tower: towers[tower].widths(slot) for tower in names}
-    if len(set(widths.values())) > 1:
-        shown = ", ".join(f"{tower} {x} -> {y}" for tower, (x, y) in widths.items())
-        raise UserError(f"tied towers must be equally wide at slot {slot!r}, got {shown}; use weights of their own")
-    return widths[names[0]]
+    name = f"{group.site.tower}/{LINEAR_MAPS[group.site.slot]}"
+    node = functools.reduce(lambda tree, part: tree[part], name.split("/"), backbone)
+    weights = LinearWeights(node["kernel"], node.get("bias"))
+    if group.site.slot in SINGLE_SLOTS:
+        return jax.tree.map(lambda a: a[None], weights)
+    served = jnp.array(group.layers[0])
+    return jax.tree.map(lambda a: a[served], weights)

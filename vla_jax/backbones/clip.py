@@ -5,22 +5,29 @@ Parameter names are listed in ``docs/architecture.md``; :mod:`vla_jax.backbones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vla_jax.backbones.clip_config import CLIPConfig
-from vla_jax.backbones.transformer import Compute, init_blocks, layer_norm, run_blocks
+from vla_jax.backbones.clip_towers import (
+    Given,
+    TextTower,
+    VisionTower,
+    pool_position,
+    seen_by_words,
+    with_inserted,
+    without_inserted,
+)
+from vla_jax.backbones.transformer import BlockOutputs, Compute
 from vla_jax.errors import UserError
-from vla_jax.slots import Adapters, Occupancy, Segment, between, empty_slot, vacant
-
-Given = jax.Array | np.ndarray
-"""An array from outside: what comes from a pipeline may not have met a device yet."""
+from vla_jax.slots import Adapters, Inserted, Occupancy, between, empty_slot, vacant
 
 
 @flax.struct.dataclass
@@ -44,6 +51,8 @@ class Prefix:
 class CLIPOutput:
     """What CLIP computes; the image's or the text's part is None where no image or no text was given.
 
+    Tokens that adapters inserted are left out everywhere.
+
     Attributes:
         image_features: ``[batch, projection]``, projected, not normalised.
         text_features: ``[batch, projection]``, projected, not normalised.
@@ -55,6 +64,7 @@ class CLIPOutput:
             asked for.
         text_hidden: ``[1 + depth, batch, length, width]``; None unless asked for.
         scale: ``[]``, what cosines are multiplied with.
+        readings: by tower, what adapters hand out for inspection, each ``[places, batch, ...]``.
     """
 
     image_features: jax.Array | None
@@ -66,6 +76,7 @@ class CLIPOutput:
     image_hidden: jax.Array | None
     text_hidden: jax.Array | None
     scale: jax.Array
+    readings: Mapping[str, Mapping[str, jax.Array]]
 
     @property
     def logits(self) -> jax.Array:
@@ -82,115 +93,6 @@ def normalise(features: Float[Array, "*batch features"]) -> Float[Array, "*batch
     """Features of length one, in float32 for the norm's sake."""
     features = features.astype(jnp.float32)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
-
-
-class PatchEmbedding(nn.Module):
-    """One linear map for every patch: a convolution without overlap, written as the product it is."""
-
-    patch_size: int
-    width: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, image: Float[Given, "batch size size 3"]) -> Float[Array, "batch patches width"]:
-        """Maps the patches, row by row."""
-        patch = self.patch_size
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (patch, patch, 3, self.width))
-        batch, size = image.shape[0], image.shape[1]
-        patches = image.reshape(batch, size // patch, patch, size // patch, patch, 3).swapaxes(2, 3)
-        patches = patches.reshape(batch, -1, patch * patch * 3).astype(self.dtype)
-        return patches @ kernel.reshape(-1, self.width).astype(self.dtype)
-
-
-class VisionTower(nn.Module):
-    """The image transformer up to its projection."""
-
-    config: CLIPConfig
-    compute: Compute
-
-    def setup(self):
-        config, width = self.config, self.config.vision.width
-        self.patch_embedding = PatchEmbedding(config.patch_size, width, self.compute.dtype)
-        self.class_embedding = self.param("class_embedding", nn.initializers.normal(0.02), (width,))
-        self.position_embedding = self.param(
-            "position_embedding", nn.initializers.normal(0.02), (1 + config.grid**2, width)
-        )
-        self.pre_norm = layer_norm(config.vision, self.compute)
-        self.blocks = self.param("blocks", init_blocks, config.vision)
-        self.post_norm = layer_norm(config.vision, self.compute)
-        self.projection = nn.Dense(config.projection, use_bias=False, dtype=self.compute.dtype)
-
-    def embed(self, image: Float[Given, "batch size size 3"]) -> Float[Array, "batch patches width"]:
-        """The class token and the patches as they enter the first block."""
-        dtype = self.compute.dtype
-        patches = self.patch_embedding(image)
-        first = jnp.broadcast_to(self.class_embedding.astype(dtype), (patches.shape[0], 1, patches.shape[-1]))
-        stream = jnp.concatenate([first, patches], axis=1) + self.position_embedding.astype(dtype)
-        return self.pre_norm(stream)
-
-    def run(
-        self, stream: Float[Array, "batch patches width"], segments: Sequence[Segment], hidden: bool
-    ) -> tuple[Float[Array, "batch patches width"], list[Float[Array, "_ batch patches width"]]]:
-        """Runs the blocks of ``segments``; see :func:`run_blocks`."""
-        return run_blocks(self.config.vision, self.compute, self.blocks, stream, None, segments, hidden=hidden)
-
-    def pool(
-        self, stream: Float[Array, "batch patches width"]
-    ) -> tuple[Float[Array, "batch width"], Float[Array, "batch projection"]]:
-        """The class token after the last LayerNorm, and its projection."""
-        pooled = self.post_norm(stream[:, 0])
-        return pooled, self.projection(pooled)
-
-
-class TextTower(nn.Module):
-    """The causal text transformer up to its projection."""
-
-    config: CLIPConfig
-    compute: Compute
-
-    def setup(self):
-        config, width = self.config, self.config.text.width
-        embedding_init = nn.initializers.normal(0.02)
-        self.token_embedding = self.param("token_embedding", embedding_init, (config.vocabulary_size, width))
-        self.position_embedding = self.param("position_embedding", embedding_init, (config.context_length, width))
-        self.blocks = self.param("blocks", init_blocks, config.text)
-        self.post_norm = layer_norm(config.text, self.compute)
-        self.projection = nn.Dense(config.projection, use_bias=False, dtype=self.compute.dtype)
-
-    def embed(self, tokens: Int[Given, "batch length"]) -> Float[Array, "batch length width"]:
-        """The tokens as they enter the first block."""
-        embedded = jnp.take(self.token_embedding, tokens, axis=0) + self.position_embedding[: tokens.shape[1]]
-        return embedded.astype(self.compute.dtype)
-
-    def run(
-        self,
-        stream: Float[Array, "batch length width"],
-        text_mask: Shaped[Given, "batch length"] | None,
-        segments: Sequence[Segment],
-        hidden: bool,
-    ) -> tuple[Float[Array, "batch length width"], list[Float[Array, "_ batch length width"]]]:
-        """Runs the blocks of ``segments`` causally, padding unseen where a mask is given."""
-        length = stream.shape[1]
-        seen = jnp.tril(jnp.ones((length, length), bool))[None, None]  # [1, 1, length, length]
-        if text_mask is not None:
-            seen = seen & text_mask.astype(bool)[:, None, None, :]
-        bias = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
-        return run_blocks(self.config.text, self.compute, self.blocks, stream, bias, segments, hidden=hidden)
-
-    def pool(
-        self, stream: Float[Array, "batch length width"], tokens: Int[Given, "batch length"]
-    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch width"], Float[Array, "batch projection"]]:
-        """Every token after the last LayerNorm, the pooled one, and its projection."""
-        stream = self.post_norm(stream)
-        pooled = jnp.take_along_axis(stream, pool_position(self.config, tokens)[:, None, None], axis=1)[:, 0]
-        return stream, pooled, self.projection(pooled)
-
-
-def pool_position(config: CLIPConfig, tokens: Int[Given, "batch length"]) -> Int[Array, "batch"]:
-    """Where each text's feature is read: its first end-of-text token or its largest token id."""
-    if config.pooling == "largest_id":
-        return jnp.argmax(tokens, axis=-1)
-    return jnp.argmax(tokens == config.eos_token_id, axis=-1)
 
 
 class CLIP(nn.Module):
@@ -238,28 +140,39 @@ class CLIP(nn.Module):
 
         Raises:
             UserError: where adapters that join the towers are given only one of them, or sit where ``after`` has
-                passed.
+                passed; where the insertion of tokens leaves the context too short.
         """
         depths = {"vision": self.config.vision.depth, "text": self.config.text.depth}
         occupancy = vacant(depths) if adapters is None else adapters.occupy(route, key)
-        if after is None:
-            after = self._start(images, tokens)
-        image, text, hidden = self._run(after, depths, tokens, text_mask, occupancy, hidden_states)
-        image_pooled = image_features = text_pooled = text_features = None
+        _check_given(after, images, tokens, occupancy)
+        image = self._begin_image(images, after, occupancy)
+        image_pooled = image_features = text_pooled = text_features = image_tokens = text_tokens = None
+        if occupancy.conditioned and tokens is not None:
+            self._advance(image, occupancy, depths["vision"], hidden_states or "vision" in occupancy.side)
+            image_features = self.vision.pool(image.beside(occupancy), occupancy.projection["vision"])[1]
+        text = self._begin_text(tokens, text_mask, after, occupancy, image_features)
+        self._run(image, text, depths, occupancy, hidden_states)
         if image is not None:
-            image_pooled, image_features = self.vision.pool(image)
+            image_tokens = image.beside(occupancy)
+            image_pooled, image_features = self.vision.pool(image_tokens, occupancy.projection["vision"])
         if text is not None:
-            text, text_pooled, text_features = self.text.pool(text, tokens)
+            beside, slot = text.beside(occupancy), occupancy.projection["text"]
+            text_tokens, text_pooled, text_features = self.text.pool(beside, tokens, slot)
         return CLIPOutput(
             image_features=image_features,
             text_features=text_features,
             image_pooled=image_pooled,
             text_pooled=text_pooled,
-            image_tokens=image,
-            text_tokens=text,
-            image_hidden=hidden["vision"],
-            text_hidden=hidden["text"],
+            image_tokens=image_tokens,
+            text_tokens=text_tokens,
+            image_hidden=image.hidden() if hidden_states and image is not None else None,
+            text_hidden=text.hidden() if hidden_states and text is not None else None,
             scale=jnp.exp(self.logit_scale),
+            readings={
+                name: stream.readings() | _once(occupancy, name)
+                for name, stream in (("vision", image), ("text", text))
+                if stream is not None
+            },
         )
 
     def prefix(
@@ -282,71 +195,182 @@ class CLIP(nn.Module):
                 raise UserError(f"{name} {layers} is outside 0 to {tower.depth}, the blocks that tower has")
         depths = {"vision": image_layers, "text": text_layers}
         plain = vacant(depths)
-        image, text, _ = self._run(self._start(images, tokens), depths, tokens, text_mask, plain, False)
-        return Prefix(image, text, image_layers, text_layers)
+        image = self._begin_image(images, None, plain)
+        text = self._begin_text(tokens, text_mask, None, plain, None)
+        self._run(image, text, depths, plain, False)
+        return Prefix(image and image.tokens, text and text.tokens, image_layers, text_layers)
 
-    def _start(self, images: Given | None, tokens: Given | None) -> Prefix:
-        """Both embeddings, as they come to the slot before the first block."""
-        image = None if images is None else self.vision.embed(images)
-        text = None if tokens is None else self.text.embed(tokens)
-        return Prefix(image, text, 0, 0)
+    def _begin_image(self, images: Given | None, after: Prefix | None, occupancy: Occupancy) -> _Stream | None:
+        """The image stream where it starts: at the embeddings, or where it is given."""
+        if after is not None:
+            if after.image is None:
+                return None
+            stream = _Stream("vision", after.image, after.image_layers)
+        elif images is None:
+            return None
+        else:
+            stream = _Stream("vision", *_at_start(self.vision.embed(images, occupancy.insert.get("vision"))))
+        return stream.embedded(occupancy)
+
+    def _begin_text(
+        self,
+        tokens: Given | None,
+        text_mask: Given | None,
+        after: Prefix | None,
+        occupancy: Occupancy,
+        image_features: jax.Array | None,
+    ) -> _Stream | None:
+        """The text stream where it starts, with what else a text's stream needs."""
+        if after is not None:
+            if after.text is None:
+                return None
+            stream = _Stream("text", after.text, after.text_layers)
+        elif tokens is None:
+            return None
+        else:
+            embedded = self.text.embed(tokens, occupancy.insert.get("text"), image_features)
+            stream = _Stream("text", *_at_start(embedded))
+        stream.mask = text_mask
+        if occupancy.joints:
+            stream.words = self._words(tokens, text_mask)
+        return stream.embedded(occupancy)
 
     def _run(
         self,
-        start: Prefix,
+        image: _Stream | None,
+        text: _Stream | None,
         stop: dict[str, int],
-        tokens: Given | None,
-        text_mask: Given | None,
         occupancy: Occupancy,
-        hidden_states: bool,
-    ) -> tuple[jax.Array | None, jax.Array | None, dict[str, jax.Array | None]]:
+        hidden: bool,
+    ) -> None:
         """Runs both towers in step: each to the next joint, the joint, and on from there."""
-        image, text = start.image, start.text
-        at = {"vision": start.image_layers, "text": start.text_layers}
-        _check_passed(at, occupancy)
-        if occupancy.joints and (image is None or text is None):
-            raise UserError(
-                "fusion adapters join the two towers and need images and tokens together; "
-                f"got {'no images' if image is None else 'no tokens'}"
-            )
-        if image is not None and at["vision"] == 0:
-            image = occupancy.embed["vision"]("embed", image, image)
-        if text is not None and at["text"] == 0:
-            text = occupancy.embed["text"]("embed", text, text)
-        hidden = {"vision": [image[None]] if hidden_states and image is not None else [], "text": []}
-        if hidden_states and text is not None:
-            hidden["text"].append(text[None])
+        hidden = {tower: hidden or tower in occupancy.side for tower in stop}
         for joint in (*occupancy.joints, None):
             to = stop if joint is None else {"vision": joint.vision_layer + 1, "text": joint.text_layer + 1}
-            if image is not None:
-                leg = between(occupancy.segments["vision"], at["vision"], to["vision"])
-                image, outputs = self.vision.run(image, leg, hidden_states)
-                hidden["vision"] += outputs
-            if text is not None:
-                leg = between(occupancy.segments["text"], at["text"], to["text"])
-                text, outputs = self.text.run(text, text_mask, leg, hidden_states)
-                hidden["text"] += outputs
+            for stream in (image, text):
+                if stream is not None:
+                    self._advance(stream, occupancy, to[stream.tower], hidden[stream.tower])
             if joint is not None:
-                image, text = joint.call(image, text, self._words(tokens, text_mask))
-            at = to
-        return image, text, {tower: jnp.concatenate(parts) if parts else None for tower, parts in hidden.items()}
+                words = with_inserted(text.words, text.tokens, text.inserted)
+                image.tokens, text.tokens = joint.call(image.tokens, text.tokens, words)
+
+    def _advance(self, stream: _Stream, occupancy: Occupancy, to: int, hidden: bool) -> None:
+        """Runs a tower's blocks up to block ``to``."""
+        leg = between(occupancy.segments[stream.tower], stream.at, to)
+        if stream.tower == "vision":
+            stream.tokens, outputs = self.vision.run(stream.tokens, leg, hidden, stream.inserted)
+        else:
+            stream.tokens, outputs = self.text.run(stream.tokens, stream.mask, leg, hidden, stream.inserted)
+        stream.outputs += outputs
+        stream.at = to
 
     def _words(
         self, tokens: Int[Given, "batch length"], text_mask: Shaped[Given, "batch length"] | None
     ) -> Bool[Array, "batch length"]:
         """Which tokens belong to the text: without a mask, those up to the pooled one."""
         if text_mask is not None:
-            return text_mask.astype(bool)
+            return jnp.asarray(text_mask, bool)
         return jnp.arange(tokens.shape[1]) <= pool_position(self.config, tokens)[:, None]
 
 
-def _check_passed(at: dict[str, int], occupancy: Occupancy) -> None:
-    """Refuses to leave out adapters that sit in blocks which a given prefix has passed already."""
-    for tower, layers in at.items():
+@dataclasses.dataclass
+class _Stream:
+    """One tower's stream on its way.
+
+    Attributes:
+        tower: the tower.
+        tokens: ``[batch, tokens, width]``.
+        at: blocks it has passed.
+        inserted: the tokens in it that adapters put there.
+        start: the stream before the first block that was run.
+        mask: of a text, ``[batch, length]`` as given, or None.
+        words: of a text that is joined, ``bool [batch, length]``, which tokens belong to it.
+        outputs: what its blocks handed out.
+    """
+
+    tower: str
+    tokens: jax.Array
+    at: int
+    inserted: Inserted | None = None
+    start: jax.Array | None = None
+    mask: Given | None = None
+    words: jax.Array | None = None
+    outputs: list[BlockOutputs] = dataclasses.field(default_factory=list)
+
+    def embedded(self, occupancy: Occupancy) -> _Stream:
+        """This stream after the slot that follows the embeddings."""
+        if self.at == 0:
+            self.tokens = occupancy.embed[self.tower]("embed", self.tokens, self.tokens)
+        self.start = self.tokens
+        return self
+
+    def beside(self, occupancy: Occupancy) -> Float[Array, "batch tokens width"]:
+        """The last stream without inserted tokens, and with what runs beside the tower."""
+        tokens = without_inserted(self.tokens, self.inserted)
+        if self.tower not in occupancy.side:
+            return tokens
+        length = tokens.shape[1]
+        if self.tower == "vision":
+            seen = jnp.ones((1, length, length), bool)
+        else:
+            seen = seen_by_words(length, None if self.mask is None else jnp.asarray(self.mask, bool))
+        return occupancy.side[self.tower](self.hidden(), tokens, seen)
+
+    def hidden(self) -> Float[Array, "states batch tokens width"]:
+        """The stream before the first and after every block that was run."""
+        states = [self.start[None], *(output.hidden for output in self.outputs)]
+        return without_inserted(jnp.concatenate(states), self.inserted)
+
+    def readings(self) -> dict[str, jax.Array]:
+        """What the slots of all blocks handed out."""
+        by_name: dict[str, list[Any]] = {}
+        for output in self.outputs:
+            for name, reading in output.readings.items():
+                by_name.setdefault(name, []).append(reading)
+        return {name: jnp.concatenate(parts) for name, parts in by_name.items()}
+
+
+def _at_start(embedded: tuple[jax.Array, Inserted | None]) -> tuple[jax.Array, int, Inserted | None]:
+    tokens, inserted = embedded
+    return tokens, 0, inserted
+
+
+def _once(occupancy: Occupancy, tower: str) -> dict[str, jax.Array]:
+    """What the slots that a tower has once handed out."""
+    readings = dict(occupancy.embed[tower].readings) | dict(occupancy.projection[tower].readings)
+    return {name: reading[None] for name, reading in readings.items()}
+
+
+def _check_given(after: Prefix | None, images: Given | None, tokens: Given | None, occupancy: Occupancy) -> None:
+    """Refuses inputs that adapters cannot work on, and a prefix that has passed some of them already."""
+    image = images if after is None else after.image
+    if occupancy.joints and (image is None or tokens is None):
+        raise UserError(
+            "fusion adapters join the two towers and need images and tokens together; "
+            f"got {'no images' if image is None else 'no tokens'}"
+        )
+    if occupancy.conditioned and tokens is not None and image is None:
+        raise UserError("prompts that follow the image need the image beside each text; got no images")
+    if occupancy.conditioned and occupancy.joints:
+        raise UserError(
+            "prompts that follow the image need the image tower's feature before a text is begun, and fusion adapters "
+            "run both towers in step; use one of the two"
+        )
+    beside = occupancy.joints or occupancy.conditioned
+    if beside and image is not None and tokens is not None and len(image) != len(tokens):
+        raise UserError(
+            f"these adapters read image i beside text i, and got {len(image)} images and {len(tokens)} texts; repeat "
+            "what stands beside several"
+        )
+    if after is None:
+        return
+    for tower, layers in (("vision", after.image_layers), ("text", after.text_layers)):
         passed = between(occupancy.segments[tower], 0, layers)
         embedded = layers > 0 and occupancy.embed[tower] is not empty_slot
         joined = [joint for joint in occupancy.joints if getattr(joint, f"{tower}_layer") + 1 < layers]
-        if embedded or joined or any(jax.tree.leaves(segment.tree) for segment in passed):
+        filled = any(jax.tree.leaves(segment.tree) for segment in passed)
+        beside = layers > 0 and tower in occupancy.side
+        if embedded or joined or filled or beside or tower in occupancy.insert:
             raise UserError(
                 f"the given prefix passed {layers} blocks of the {tower} tower without the adapters that sit there; "
                 "compute a prefix that ends before the first adapter"

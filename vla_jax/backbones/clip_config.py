@@ -55,7 +55,8 @@ class CLIPConfig:
     @property
     def towers(self) -> dict[str, TowerShape]:
         """What adapters need to know: depth and widths of each tower."""
-        return {"vision": self.vision.shape, "text": self.text.shape}
+        towers = {"vision": self.vision.shape, "text": self.text.shape}
+        return {name: shape._replace(features=self.projection) for name, shape in towers.items()}
 
     @classmethod
     def preset(cls, name: str) -> CLIPConfig:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vla_jax.errors import UserError, unknown
 from vla_jax.mesh import keep_batch_cut
-from vla_jax.slots import Segment, Slot, TowerShape, empty_slot
+from vla_jax.slots import Inserted, KeysValues, LinearWeights, Segment, Slot, TowerShape, empty_slot
 
 Activation = Literal["quick_gelu", "gelu"]
 Remat = Literal["none", "dots", "full"]
@@ -92,6 +92,24 @@ def layer_norm(config: TowerConfig, compute: Compute, name: str | None = None) -
     return nn.LayerNorm(epsilon=config.norm_epsilon, dtype=compute.dtype, use_fast_variance=False, name=name)
 
 
+class Linear(nn.Module):
+    """A linear map that also hands out its weights, which adapters at its slot may need."""
+
+    features: int
+    compute: Compute
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch in"]) -> tuple[Float[Array, "*batch out"], LinearWeights]:
+        """The map's output and its weights, in the dtype they are stored in."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        y = x.astype(self.compute.dtype) @ kernel.astype(self.compute.dtype)
+        if bias is not None:
+            y = y + bias.astype(self.compute.dtype)
+        return y, LinearWeights(kernel, bias)
+
+
 class Attention(nn.Module):
     """Multi-head attention in ``[batch, heads, tokens, head width]`` layout."""
 
@@ -102,7 +120,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
-        bias: Float[Array, "#batch 1 tokens tokens"] | None,
+        bias: Float[Array, "#batch 1 #queries tokens"] | None,
         slot: Slot,
     ) -> Float[Array, "batch tokens width"]:
         """Mixes tokens.
@@ -116,7 +134,7 @@ class Attention(nn.Module):
         head_width = config.width // config.heads
 
         def project(name: str) -> jax.Array:
-            return slot(f"attn_{name}", x, nn.Dense(config.width, dtype=self.compute.dtype, name=name)(x))
+            return slot(f"attn_{name}", x, *Linear(config.width, self.compute, name=name)(x))
 
         def to_heads(a: jax.Array) -> jax.Array:
             return a.reshape(*a.shape[:2], config.heads, head_width).swapaxes(
@@ -124,10 +142,9 @@ class Attention(nn.Module):
             )  # [batch, heads, tokens, head width]
 
         query, key, value = project("q"), project("k"), project("v")
-        key, value = slot("attn_kv", x, (key, value))
-        prefix = key.shape[1] - x.shape[1]
-        if bias is not None and prefix:
-            bias = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(prefix, 0)])  # what an adapter prepends, all may see
+        key, value, seen = slot("attn_kv", x, KeysValues(key, value))
+        if key.shape[1] > x.shape[1]:
+            bias = _prefixed(bias, x.shape[1], key.shape[1] - x.shape[1], seen)
         query = to_heads(query) * head_width**-0.5
         scores = query @ to_heads(key).swapaxes(2, 3)  # [batch, heads, tokens, tokens]
         scores = scores.astype(jnp.float32)
@@ -135,7 +152,24 @@ class Attention(nn.Module):
             scores = scores + bias
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         mixed = (weights @ to_heads(value)).swapaxes(1, 2).reshape(x.shape)
-        return slot("attn_out", mixed, nn.Dense(config.width, dtype=self.compute.dtype, name="out")(mixed))
+        return slot("attn_out", mixed, *Linear(config.width, self.compute, name="out")(mixed))
+
+
+def _prefixed(
+    bias: Float[Array, "#batch 1 #queries tokens"] | None,
+    tokens: int,
+    added: int,
+    seen: Bool[Array, "batch added"] | None,
+) -> Float[Array, "#batch 1 #queries added_tokens"] | None:
+    """The bias over keys with ``added`` more in front of the tokens' own: a query sees those that its example sees."""
+    if seen is None:
+        return None if bias is None else jnp.pad(bias, [(0, 0)] * 3 + [(added, 0)])
+    front = as_bias(seen)[:, None, None]  # [batch, 1, 1, added]
+    if bias is None:
+        bias = jnp.zeros((1, 1, 1, tokens))
+    batch, queries = seen.shape[0], bias.shape[2]
+    front, bias = (jnp.broadcast_to(a, (batch, 1, queries, a.shape[3])) for a in (front, bias))
+    return jnp.concatenate([front, bias], axis=-1)
 
 
 class Mlp(nn.Module):
@@ -147,9 +181,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"], slot: Slot) -> Float[Array, "batch tokens width"]:
         """Maps each token for itself."""
-        hidden = slot("mlp_fc1", x, nn.Dense(self.config.mlp_width, dtype=self.compute.dtype, name="fc1")(x))
+        hidden = slot("mlp_fc1", x, *Linear(self.config.mlp_width, self.compute, name="fc1")(x))
         hidden = ACTIVATIONS[self.config.activation](hidden)
-        return slot("mlp_fc2", hidden, nn.Dense(self.config.width, dtype=self.compute.dtype, name="fc2")(hidden))
+        hidden = slot("mlp_hidden", hidden, hidden)
+        return slot("mlp_fc2", hidden, *Linear(self.config.width, self.compute, name="fc2")(hidden))
 
 
 class Block(nn.Module):
@@ -162,16 +197,36 @@ class Block(nn.Module):
     def __call__(
         self,
         stream: Float[Array, "batch tokens width"],
-        bias: Float[Array, "#batch 1 tokens tokens"] | None,
+        bias: Float[Array, "#batch 1 #queries tokens"] | None,
         slot: Slot,
+        inserted: Inserted | None = None,
     ) -> Float[Array, "batch tokens width"]:
         """Adds both sublayers to the residual stream; ``bias`` as in :class:`Attention`."""
+        if inserted is not None:
+            stream = _with_prompts(stream, slot, inserted)
         x = layer_norm(self.config, self.compute, "norm1")(stream)
         attended = Attention(self.config, self.compute, name="attn")(slot("attn_in", x, x), bias, slot)
         middle = stream + slot("attn_sublayer", x, attended)
         x = layer_norm(self.config, self.compute, "norm2")(middle)
         mapped = Mlp(self.config, self.compute, name="mlp")(slot("mlp_in", x, x), slot)
         return slot("block_out", stream, middle + slot("mlp_out", x, mapped))
+
+
+def _with_prompts(
+    stream: Float[Array, "batch tokens width"], slot: Slot, inserted: Inserted
+) -> Float[Array, "batch tokens width"]:
+    """The stream with what the slot makes of the inserted tokens in it."""
+    start, stop = inserted.start, inserted.start + inserted.count
+    prompts = stream[:, start:stop]
+    changed = slot("prompts", stream, prompts)
+    if changed is prompts:
+        return stream
+    return jnp.concatenate([stream[:, :start], changed, stream[:, stop:]], axis=1)
+
+
+def as_bias(seen: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """What is added to attention scores so that what is not seen has no weight."""
+    return jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
 
 
 def init_blocks(key: jax.Array, config: TowerConfig) -> dict[str, Any]:
@@ -181,16 +236,29 @@ def init_blocks(key: jax.Array, config: TowerConfig) -> dict[str, Any]:
     return init(jax.random.split(key, config.depth))
 
 
+class BlockOutputs(NamedTuple):
+    """What blocks hand out beside their stream.
+
+    Attributes:
+        hidden: the blocks' outputs ``[blocks, batch, tokens, width]``; None unless asked for.
+        readings: what the occupants of their slots hand out, each ``[blocks, batch, ...]``.
+    """
+
+    hidden: Float[Array, "_ batch tokens width"] | None
+    readings: Mapping[str, Any]
+
+
 def run_blocks(
     config: TowerConfig,
     compute: Compute,
     params: Mapping[str, Any],
     stream: Float[Array, "batch tokens width"],
-    bias: Float[Array, "#batch 1 tokens tokens"] | None,
+    bias: Float[Array, "#batch 1 #queries tokens"] | None,
     segments: Sequence[Segment],
     *,
     hidden: bool = False,
-) -> tuple[Float[Array, "batch tokens width"], list[Float[Array, "_ batch tokens width"]]]:
+    inserted: Inserted | None = None,
+) -> tuple[Float[Array, "batch tokens width"], list[BlockOutputs]]:
     """Runs consecutive blocks, one scan a segment.
 
     Args:
@@ -201,10 +269,10 @@ def run_blocks(
         bias: added to attention scores; None lets everything be seen.
         segments: which blocks, and what sits in their slots; they need not cover the whole depth.
         hidden: whether to hand out every block's output, which keeps them all in memory.
+        inserted: the tokens of the stream that adapters put there.
 
     Returns:
-        The stream after the last block, and the blocks' outputs, stacked, one array a segment; no arrays unless
-        ``hidden``.
+        The stream after the last block, and what the blocks hand out, one entry a segment.
     """
     # Outside the module tree: its parameters are slices of the tower's.
     block = Block(config, compute, parent=None)
@@ -214,14 +282,14 @@ def run_blocks(
         # Slicing copies, so that the usual single segment must do without it.
         layers = params if whole else jax.tree.map(lambda a, s=segment: a[s.start : s.stop], params)
 
-        def step(stream: jax.Array, layer: tuple[Any, Any], fill=segment.fill) -> tuple[jax.Array, jax.Array | None]:
+        def step(stream: jax.Array, layer: tuple[Any, Any], fill=segment.fill) -> tuple[jax.Array, BlockOutputs]:
             weights, occupants = layer
-            stream = block.apply({"params": weights}, keep_batch_cut(stream), bias, fill(occupants))
-            return stream, stream if hidden else None
+            slot = fill(occupants)
+            stream = block.apply({"params": weights}, keep_batch_cut(stream), bias, slot, inserted)
+            return stream, BlockOutputs(stream if hidden else None, dict(slot.readings))
 
         if compute.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
         stream, every = jax.lax.scan(step, stream, (layers, segment.tree), unroll=compute.unroll)
-        if hidden:
-            outputs.append(every)
+        outputs.append(every)
     return stream, outputs

@@ -42,10 +42,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def conversion_command(folder: Path, pickled: list[Path]) -> str:
+def conversion_command(folder: Path, pickled: list[Path], name: str = WEIGHTS_NAME) -> str:
     """The shell command that rewrites pickled weights as safetensors in the same folder (needs PyTorch)."""
     files = [str(path) for path in pickled]
-    target = str(folder / WEIGHTS_NAME)
+    target = str(folder / name)
     program = (
         "import torch; from safetensors.torch import save_file; "
         "save_file({name: tensor.contiguous().clone() "

@@ -128,19 +128,21 @@ def accuracy_against_parameters(
     *,
     value: str = "accuracy",
     parameters: str = "trainable_parameters",
+    axis: str = "trained parameters",
     label: str = "variant",
     group: str | None = None,
     chance: float | None = None,
     controls: Mapping[str, Any] | None = None,
     title: str = "",
 ) -> Figure:
-    """Accuracy with its interval against trained parameters on a logarithmic axis, every point named.
+    """Accuracy with its interval against a cost, such as trained parameters, on a logarithmic axis, every point named.
 
     Args:
-        rows: mappings or dataclasses; those without a value or without trained parameters have no place here.
+        rows: mappings or dataclasses; those without a value or without a cost have no place here.
         path: of the PNG, replaced as a whole; 2200 pixels wide.
         value: field with the fraction, with or without its interval.
-        parameters: field with the number of trained parameters.
+        parameters: field with the cost, a positive number.
+        axis: what the cost is.
         label: field with the row's name.
         group: field whose value gives colour and shape.
         chance: what guessing reaches, drawn as a horizontal line.
@@ -151,7 +153,7 @@ def accuracy_against_parameters(
         The figure as it was drawn.
 
     Raises:
-        UserError: no row has both a value and trained parameters.
+        UserError: no row has both a value and a cost.
     """
     rows = [as_row(row) for row in rows]
     rows = [row for row in rows if interval(row.get(value)) and (row.get(parameters) or 0) > 0]
@@ -185,7 +187,7 @@ def accuracy_against_parameters(
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short(count)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("trained parameters", color=SOFT, fontsize=10, labelpad=6)
+    axes.set_xlabel(axis, color=SOFT, fontsize=10, labelpad=6)
     axes.set_ylabel("accuracy (%)", color=SOFT, fontsize=10, labelpad=6)
     axes.tick_params(labelsize=9.5, colors=SOFT)
     name_points(axes, renderer, points, [str(row.get(label, MISSING)) for row in rows])

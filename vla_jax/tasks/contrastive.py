@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from vla_jax.errors import UserError, unknown
 

@@ -25,17 +25,27 @@ class GroupConfig:
         learning_rate: its peak learning rate.
         schedule: its schedule; warm-up and final share are everybody's.
         weight_decay: its weight decay.
+        learning_rate_ratio: its peak learning rate as a multiple of the optimiser's, instead of ``learning_rate``.
     """
 
     name: str
     learning_rate: float | None = None
     schedule: Schedule | None = None
     weight_decay: float | None = None
+    learning_rate_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
             raise UserError(f"optimiser group name {self.name!r} cannot be used; allowed: any name without '/'")
         _check(f"optimiser group {self.name!r}", self.learning_rate, self.schedule, self.weight_decay)
+        if self.learning_rate_ratio is not None and self.learning_rate_ratio < 0:
+            ratio = self.learning_rate_ratio
+            raise UserError(f"learning_rate_ratio of optimiser group {self.name!r} is {ratio}; allowed: 0 or more")
+        if self.learning_rate is not None and self.learning_rate_ratio is not None:
+            raise UserError(
+                f"optimiser group {self.name!r} has both learning_rate={self.learning_rate} and "
+                f"learning_rate_ratio={self.learning_rate_ratio}; set one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,9 @@ class OptimizerConfig:
     def group(self, name: str) -> GroupConfig:
         """The values of one group, with what it leaves out filled in from this configuration."""
         own = next((group for group in self.groups if group.name == name), GroupConfig(name))
+        if own.learning_rate_ratio is not None:
+            rate = own.learning_rate_ratio * self.learning_rate
+            own = replace(own, learning_rate=rate, learning_rate_ratio=None)
         common = {field: getattr(self, field) for field in ("learning_rate", "schedule", "weight_decay")}
         return replace(own, **{field: value for field, value in common.items() if getattr(own, field) is None})
 
