@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -55,6 +56,10 @@ install_import_hook(
 )
 
 
+MAPS = Path("/proc/self/maps")
+_tests = 0
+
+
 @pytest.fixture(scope="session")
 def weights_folder() -> Path:
     """The folder of published weights, or the one ``VLA_JAX_TEST_WEIGHTS`` names; the test is skipped without it."""
@@ -63,6 +68,20 @@ def weights_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no published weights in {folder}; set VLA_JAX_TEST_WEIGHTS to a folder that holds them")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _few_mapped_programs():
+    """Forgets compiled programs before they use up the memory maps that Linux gives a process, 65,530 by default.
+
+    Each program takes several; XLA dies while it compiles when there are none left.
+    """
+    yield
+    global _tests
+    _tests += 1
+    if _tests % 10 == 0 and MAPS.is_file() and MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @contextlib.contextmanager

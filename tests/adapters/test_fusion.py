@@ -166,7 +166,7 @@ def test_shared_weights_treat_both_streams_alike():
 
 
 @pytest.mark.parametrize(
-    ("method", "count"),
+    ("method", "expected"),
     [
         # Bottlenecks: 7 r + r + r 7 + 7 and 6 r + r + r 6 + 6 with r = 4; LayerNorms 2 (7 + 6); attention 3 r^2 and
         # gate 2 r^2 + r for each stream that hears.
@@ -180,10 +180,10 @@ def test_shared_weights_treat_both_streams_alike():
         (Fusion(rank=None, reduction=3, heads=2, mix="none", layer_norm=False), 7 * 4 + 2 + 7 + 6 * 4 + 2 + 6),
     ],
 )
-def test_parameter_count_by_hand(method, count):
-    assert count(method, SITE) == count
+def test_parameter_count_by_hand(method, expected):
+    assert count(method, SITE) == expected
     shapes = jax.eval_shape(method.module(SITE).init, jax.random.key(0), *example(), WORDS)["params"]
-    assert names.count(shapes) == count
+    assert names.count(shapes) == expected
 
 
 def test_shared_parameter_count_by_hand():
