@@ -118,7 +118,7 @@ def test_only_chosen_runs_look_at_test_data(folder, outcome):
 
 def test_predictions_are_those_of_the_trained_head_in_the_sources_order(folder, outcome):
     model = _comparison(folder).model(LINEAR)
-    for name, source in (("test", DATA.splits["test"]), ("probe", DATA.probes["probe"])):
+    for name, source in (("test", DATA.splits["test"]), ("probe", DATA.probes["probe"].source)):
         found = outcome.predictions[name]
         count = len(source)
         assert {field: array.shape for field, array in found.items()} == dict.fromkeys(

@@ -2,7 +2,7 @@
 
 At inference :func:`drop_layers` takes them out of a plan and its parameters; they are not computed, and a tower runs
 bare up to its first adapter. For a plan to bear that, training is made robust: for each batch the number of blocks to
-go without is drawn from 0 to a largest one, both included (11 for the paper's 12 blocks), by
+go without is drawn from 0 to a largest one, both included, by
 :class:`vla_jax.model.AdaptedModel` with ``robust_drop``. It is an argument of the compiled step, so that one program
 serves every number; what is dropped in training is computed all the same and not used.
 

@@ -2,7 +2,8 @@
 
 ``y + s W_u^m relu(W_d LN(x))``: a parallel :class:`~vla_jax.adapters.bottleneck.Bottleneck` whose down-projection and
 LayerNorm are one parameter of both towers, layer by layer. The towers must be equally wide, as BLIP's are. Its third
-up-projection belongs to cross-attention over both streams, which a backbone of two towers does not have.
+up-projection belongs to cross-attention over both streams, which a backbone of two towers does not have. The authors'
+code normalises the raw stream; here x is the MLP's input, which the backbone's own LayerNorm has normalised already.
 """
 
 from __future__ import annotations
