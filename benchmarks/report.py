@@ -1,4 +1,4 @@
-"""What ``train_step.py`` measured, as a table to print and as the results section of ``README.md``."""
+"""What benchmarks report with: the machine, spreads, records a line, and sections of ``README.md``."""
 
 from __future__ import annotations
 
@@ -11,26 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
-START, END = "<!-- results:start -->", "<!-- results:end -->"
-COLUMNS = (
-    "model",
-    "method",
-    "framework",
-    "step [quartiles], s",
-    "step, ours / peer",
-    "forward, s",
-    "adapter overhead [quartiles], %",
-    "peak (after import), GiB",
-    "peak, ours / peer",
-    "compile, s",
-    "first step, s",
-    "share of product, %",
-)
-# The most that a forward with adapters may take above one without, in per cent.
-OVERHEAD_TARGET = 3.0
+README = Path(__file__).with_name("README.md")
 
 Record = dict[str, Any]
 
@@ -49,6 +30,21 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load": os.getloadavg()[0],
     }
+
+
+def machine_line(record: Record) -> str:
+    """A record's machine and device, as a Markdown list's line."""
+    own = record["machine"]
+    return (
+        f"- machine: {own['processor']}, {own['cores']} cores, {own['memory'] / 2**30:.0f} GiB, {own['system']}; "
+        f"device {record['device']} ({record['device_name']}); load before the run {own['load']:.1f}"
+    )
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
+    """A Markdown table whose first ``words`` columns are text and the others numbers."""
+    rule = "|".join([" --- "] * words + [" ---: "] * (len(columns) - words))
+    return "\n".join([f"| {' | '.join(columns)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 @dataclass(frozen=True)
@@ -71,158 +67,17 @@ class Spread:
         return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
-@dataclass(frozen=True)
-class Summary:
-    """All rounds of one framework, model and method."""
-
-    records: tuple[Record, ...]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.records[0][name]
-
-    def pooled(self, name: str) -> list[float]:
-        """A list of times, of all rounds together."""
-        return [value for record in self.records for value in record[name]]
-
-    def median(self, name: str) -> float:
-        """The median of one number a round."""
-        return statistics.median(record[name] for record in self.records)
-
-    @property
-    def step(self) -> Spread:
-        """Seconds of a training step."""
-        return Spread.of(self.pooled("step_seconds"))
-
-    @property
-    def forward(self) -> float:
-        """Median seconds of a forward, with adapters where the method has any."""
-        return statistics.median(self.pooled("adapted_seconds"))
-
-    @property
-    def overhead(self) -> Spread:
-        """By how much a forward with adapters takes longer than its pair without, in per cent."""
-        pairs = zip(self.pooled("adapted_seconds"), self.pooled("bare_seconds"), strict=True)
-        return Spread.of(100 * (adapted / bare - 1) for adapted, bare in pairs)
-
-    @property
-    def peak(self) -> float:
-        """Peak memory of training in GiB, the largest of the rounds."""
-        return max(record["peak_bytes"] for record in self.records) / 2**30
-
-
-def compare(records: Sequence[Record]) -> list[tuple[Summary, Summary]]:
-    """Ours and the peer's of each model and method, from the newest run that has them in all its rounds."""
-    cases: dict[tuple[str, str], dict[str, dict[str, list[Record]]]] = {}
-    for record in records:
-        runs = cases.setdefault((record["model"], record["method"]), {})
-        runs.setdefault(record["run"], {}).setdefault(record["framework"], []).append(record)
-    pairs = []
-    for runs in cases.values():
-        whole = [run for run in runs.values() if len(run.get("pytorch", ())) == len(run.get("vla_jax", ())) > 0]
-        if whole:
-            ours, peer = (Summary(tuple(whole[-1][framework])) for framework in ("vla_jax", "pytorch"))
-            pairs.append((ours, peer))
-    return pairs
-
-
-def rows(records: Sequence[Record]) -> list[list[str]]:
-    """One row a framework under :data:`COLUMNS`."""
-    found = []
-    for ours, peer in compare(records):
-        product = max(ours.median("product_flops"), peer.median("product_flops"))
-        for summary in (ours, peer):
-            mine = summary is ours
-            found.append(
-                [
-                    summary["model"],
-                    summary["method"],
-                    f"vla_jax, remat {summary['remat']}" if mine else "PyTorch",
-                    summary.step.text(3),
-                    f"{ours.step.median / peer.step.median:.2f}" if mine else "",
-                    f"{summary.forward:.3f}",
-                    "" if summary["method"] == "full" else summary.overhead.text(1),
-                    f"{summary.peak:.2f} ({summary.median('after_import_bytes') / 2**30:.2f})",
-                    f"{ours.peak / peer.peak:.2f}" if mine else "",
-                    f"{summary.median('compile_seconds'):.1f}" if mine else "",
-                    f"{summary.median('first_step_seconds'):.1f}",
-                    f"{100 * summary['step_flop'] / summary.step.median / product:.0f}",
-                ]
-            )
-    return found
-
-
-def show(records: Sequence[Record]) -> Table:
-    """The table to print."""
-    table = Table(title="Training step and forward", show_lines=False)
-    for number, column in enumerate(COLUMNS):
-        table.add_column(escape(column), justify="left" if number < 3 else "right")
-    for row in rows(records):
-        table.add_row(*map(escape, row), end_section=row[2] == "PyTorch")
-    return table
-
-
-def targets(records: Sequence[Record]) -> list[str]:
-    """A Markdown line for each model and method: which targets are met, and by how much the others are missed."""
-    lines = []
-    for ours, peer in compare(records):
-        slower = 100 * (ours.step.median / peer.step.median - 1)
-        forward = 100 * (
-            statistics.median(ours.pooled("adapted_seconds")) / statistics.median(peer.pooled("adapted_seconds")) - 1
-        )
-        memory = 100 * (ours.peak / peer.peak - 1)
-        judged = [
-            ("step no slower than the peer's", slower, slower <= 0),
-            ("forward no slower than the peer's", forward, forward <= 0),
-            ("less memory than the peer", memory, memory < 0),
-        ]
-        if ours["method"] != "full":
-            overhead = ours.overhead.median
-            judged.append((f"adapter overhead at most {OVERHEAD_TARGET:g} %", overhead, overhead <= OVERHEAD_TARGET))
-        verdicts = [f"{what}: {'met' if met else '**missed**'} ({value:+.1f} %)" for what, value, met in judged]
-        lines.append(f"- {ours['model']}, {ours['method']}: {'; '.join(verdicts)}.")
-    return lines
-
-
-def section(records: Sequence[Record]) -> str:
-    """The results section: how each run was made, the table and the targets."""
-    runs: dict[str, list[Record]] = {}
-    for pair in compare(records):
-        for summary in pair:
-            for record in summary.records:
-                runs.setdefault(record["run"], []).append(record)
-    lines = []
-    for run, members in runs.items():
-        first, own = members[0], members[0]["machine"]
-        versions = {name: value for member in members for name, value in member["versions"].items()}
-        threads = sorted({f"{member['framework']} {member['threads']}" for member in members})
-        lines += [
-            f"Run of {run}, batch {first['batch']}, {first['dtype']}:",
-            "",
-            f"    {first['command']}",
-            "",
-            f"- machine: {own['processor']}, {own['cores']} cores, {own['memory'] / 2**30:.0f} GiB, {own['system']}; "
-            f"device {first['device']} ({first['device_name']}); load before the run {own['load']:.1f}",
-            f"- threads: {', '.join(threads)}; Python {own['python']}, "
-            + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
-            "",
-        ]
-    body = rows(records)
-    lines.append(f"| {' | '.join(COLUMNS)} |")
-    lines.append(f"|{'|'.join([' --- '] * 3 + [' ---: '] * (len(COLUMNS) - 3))}|")
-    lines += [f"| {' | '.join(row)} |" for row in body]
-    return "\n".join([*lines, "", "Targets:", "", *targets(records)])
-
-
 def read_records(path: Path) -> list[Record]:
     """The records of a file, one JSON object a line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def fill_readme(path: Path, records: Sequence[Record]) -> None:
-    """Replaces what stands between the two markers of a README."""
-    text = path.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path} must have the lines {START} and {END} once each")
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{START}\n\n{section(records)}\n\n{END}{after}", encoding="utf-8")
+def fill_readme(name: str, text: str) -> None:
+    """Replaces what stands between a benchmark's two markers in ``README.md``."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    whole = README.read_text(encoding="utf-8")
+    if whole.count(start) != 1 or whole.count(end) != 1:
+        raise ValueError(f"{README} must have the lines {start} and {end} once each")
+    before, _, rest = whole.partition(start)
+    _, _, after = rest.partition(end)
+    README.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")

@@ -14,10 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +25,10 @@ from rich.progress import Progress
 # The script is run from a checkout; a checkout need not be installed.
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from benchmarks.measuring import TOKENS, Case, Method, Remat, measure_ours, measure_peer, prepare  # noqa: E402
-from benchmarks.report import fill_readme, machine, read_records, show  # noqa: E402
+from benchmarks.measuring import TOKENS, alone, prepare  # noqa: E402
+from benchmarks.report import fill_readme, machine, read_records  # noqa: E402
+from benchmarks.train_step_report import section, show  # noqa: E402
+from benchmarks.training import Case, Method, Remat, measure_ours, measure_peer  # noqa: E402
 from vla_jax.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -74,12 +73,6 @@ class Options:
         for name in ("steps", "pairs", "rounds", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a new process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def forward_flop(config: CLIPConfig) -> float:
@@ -170,7 +163,7 @@ def main() -> None:
     console.width = console.width if console.is_terminal else 200
     console.print(show(records))
     if options.write_readme:
-        fill_readme(Path(__file__).with_name("README.md"), read_records(options.output))
+        fill_readme("train_step", section(read_records(options.output)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python launch.py --experiment=method_comparison
     python launch.py --experiment=method_comparison --config.preset=smoke
     python launch.py --experiment=method_comparison --config.methods=lora,pfeiffer,full --config.backbone=FOLDER
+    python launch.py --experiment=method_comparison --config.preset=full
 
 Three tasks: true or false statements about generated scenes, the questions of easy-VQA, and retrieval among captions
 of scenes. Every method has the same steps and data; its learning rate is chosen on validation data from a grid.
@@ -57,7 +58,8 @@ class Config:
         backbone: hub name, folder, or ``tiny``.
         storage: dtype in which the frozen backbone is kept; what is trained is float32 always.
         tasks: which tasks, of ``statements``, ``easy_vqa`` and ``retrieval``.
-        methods: which methods of :mod:`vla_jax.catalogue`, in the order of the table; all that fit if empty.
+        methods: which methods of :mod:`vla_jax.catalogue`, in the order of the table; all that fit if empty, as in the
+            preset ``full``.
         head_rates: learning rates tried for a linear head alone, all to the end: it costs next to nothing.
         adapter_rates: learning rates tried for adapters.
         light_rates: learning rates tried where few numbers are trained, or numbers that others are multiplied with.
@@ -69,7 +71,7 @@ class Config:
         mesh: the devices.
     """
 
-    preset: Literal["default", "smoke"] = "default"
+    preset: Literal["default", "smoke", "full"] = "default"
     backbone: str = "tiny"
     storage: Literal["float32", "bfloat16", "float16"] = "float32"
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -80,13 +82,15 @@ class Config:
     full_rates: tuple[float, ...] = (3e-4, 1e-3)
     budget: Budget = dataclasses.field(
         default_factory=lambda: Budget(
-            steps=150,
+            steps=120,
             selection_share=0.2,
             batch_size=64,
             optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
         )
     )
-    sizes: Sizes = dataclasses.field(default_factory=lambda: Sizes(train=9_600, quadruples=300, kept=1_024))
+    sizes: Sizes = dataclasses.field(
+        default_factory=lambda: Sizes(train=7_680, validation=512, quadruples=200, kept=512, caption_length=44)
+    )
     latency_batch: int = 32
     compute: Compute = dataclasses.field(default_factory=Compute)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -106,8 +110,33 @@ class Config:
             raise UserError(f"latency_batch must be at least 1, got {self.latency_batch}")
 
 
+# One or two of every family: what two cores can compare within an hour.
+REPRESENTATIVES = (
+    "linear",
+    "full",
+    "bitfit",
+    "layer_norm",
+    "ia3",
+    "pfeiffer",
+    "parallel",
+    "adapter_drop",
+    "lora",
+    "dora",
+    "compacter",
+    "hyperformer",
+    "coop",
+    "vpt_deep",
+    "maple",
+    "prefix",
+    "fusion",
+    "cross_modal",
+    "mma",
+    "clip_adapter",
+    "ladder",
+)
+
 PRESETS = {
-    "default": Config(),
+    "default": Config(methods=REPRESENTATIVES),
     "smoke": Config(
         preset="smoke",
         tasks=("statements", "retrieval"),
@@ -119,6 +148,20 @@ PRESETS = {
         budget=Budget(steps=10, batch_size=32, checkpoint_every=5, log_every=5),
         sizes=Sizes(train=320, validation=96, test=192, quadruples=20, kept=128),
         latency_batch=8,
+    ),
+    "full": Config(
+        preset="full",
+        adapter_rates=(1e-3, 2e-3, 6e-3),
+        light_rates=(2e-3, 6e-3, 2e-2),
+        full_rates=(1e-4, 3e-4, 1e-3),
+        budget=Budget(
+            steps=2_000,
+            selection_share=0.5,
+            batch_size=128,
+            seeds=(0, 1, 2),
+            optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
+        ),
+        sizes=Sizes(train=64_000, quadruples=1_000, kept=2_048, caption_length=44),
     ),
 }
 

@@ -60,6 +60,16 @@ MAPS = Path("/proc/self/maps")
 _tests = 0
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file go to one worker, for what they share; the list of properties is dealt out by setting."""
+    for item in items:
+        group = item.path.name
+        if group == "test_properties.py":
+            group += f" {item.callspec.params['name']}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def weights_folder() -> Path:
     """The folder of published weights, or the one ``VLA_JAX_TEST_WEIGHTS`` names; the test is skipped without it."""
