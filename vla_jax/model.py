@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.adapters import Placement, Plan, place
@@ -17,13 +18,18 @@ from vla_jax.backbones.loading import Backbone
 from vla_jax.backbones.transformer import Compute
 from vla_jax.errors import UserError, unknown
 from vla_jax.names import Tree
+from vla_jax.pairing import Pairing
 
 MODALITIES = ("image", "text")
 Batch = Mapping[str, jax.Array]
 
 
 class Task(Protocol):
-    """A head, a loss and predictions; see :mod:`vla_jax.tasks`."""
+    """A head, a loss and predictions; see :mod:`vla_jax.tasks`.
+
+    A task may also have ``texts``: tokens int32 and mask bool ``[texts, length]`` of texts that are the same for every
+    example, such as names of classes. They are encoded in place of the batch's.
+    """
 
     name: str
 
@@ -103,55 +109,107 @@ class AdaptedModel:
         task = {"kind": type(self.task).__name__} | dataclasses.asdict(self.task)
         return {"placements": self.plan.describe(), "task": task, "modalities": list(self.modalities)}
 
-    def apply(self, params: Tree, batch: Batch, key: jax.Array | None = None) -> CLIPOutput:
+    def apply(
+        self,
+        params: Tree,
+        batch: Batch,
+        key: jax.Array | None = None,
+        fixed: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> CLIPOutput:
         """Runs the backbone and what sits in it on a batch, or on the streams of a batch that a prefix was cached for.
 
         Args:
             params: the merged tree.
             batch: the batch contract's arrays; or ``image_stream`` and ``text_stream`` instead of ``image``, as
-                :meth:`prefix` returned them.
+                :meth:`prefix` returned them. Examples may have several pictures or several texts, on an axis after the
+                batch; what comes out then has one row a pair (:mod:`vla_jax.pairing`).
             key: the step's key, for dropout and the drop of layers; None for evaluation.
+            fixed: tokens and mask ``[texts, length]`` of texts that are those of every example, in place of the batch's.
+                They are encoded once and come out as they are; where adapters need pairs, or pick weights by example,
+                one row a pair comes out.
         """
-        after = dropped = None
+        dropped = after = None
         if key is not None and self.robust_drop:
             dropped = draw(key, self.robust_drop)
-        if "image_stream" in batch:
-            at = self.plan.first_layers()
-            after = Prefix(batch["image_stream"], batch["text_stream"], at["vision"], at["text"])
         shown = {modality: modality in self.modalities for modality in MODALITIES}
-        return self.clip.apply(
+        streams = "image_stream" in batch
+        image = batch["image_stream" if streams else "image"] if shown["image"] else None
+        routed = any(group.tasks for group in self.plan.groups)
+        # A route is an example's and holds for both towers, so that both then need as many rows.
+        repeat = routed or self.plan.needs_pairs
+
+        def for_each(text: Any) -> Any:
+            """A fixed text's rows, once an example where pairs are run."""
+            if fixed is None or not repeat:
+                return text
+            return jnp.broadcast_to(text, (len(image), *text.shape))
+
+        tokens = mask = None
+        if shown["text"]:
+            tokens, mask = map(for_each, (batch["tokens"], batch["text_mask"]) if fixed is None else fixed)
+        pairing = Pairing.of(image, 3 if streams else 4, tokens)
+        image = pairing.images(image, repeat=repeat)
+        if streams:
+            at = self.plan.first_layers()
+            stream = batch["text_stream"] if fixed is None else for_each(self._text_stream(params, fixed))
+            after = Prefix(image, pairing.text(stream, repeat=repeat), at["vision"], at["text"])
+        route = batch.get("mixture", batch.get("route")) if routed else None
+        output = self.clip.apply(
             {"params": params["backbone"]},
-            batch["image"] if shown["image"] and after is None else None,
-            batch["tokens"] if shown["text"] else None,
-            batch["text_mask"] if shown["text"] else None,
+            None if streams else image,
+            pairing.text(tokens, repeat=repeat),
+            pairing.text(mask, repeat=repeat),
             adapters=self.plan.bind(params["adapters"], dropped) if self.plan.groups else None,
-            route=batch["route"] if any(group.tasks for group in self.plan.groups) else None,
+            route=None if route is None else jnp.repeat(route, pairing.each, axis=0) if pairing.each > 1 else route,
             key=key,
             after=after,
         )
+        return output if repeat else pairing.repeated(output)
 
     def loss(self, params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The task's loss, and AdapterFusion's penalty; see :func:`vla_jax.training.step.make_train_step`."""
-        loss, metrics = self.task.loss(params["heads"][self.task.name], self.apply(params, batch, key), batch)
+        output = self.apply(params, batch, key, fixed_texts(self.task))
+        loss, metrics = self.task.loss(params["heads"][self.task.name], output, batch)
         return loss + value_penalty(params.get("adapters", {})), metrics
 
     def predict(self, params: Tree, batch: Batch, task: Task | None = None) -> dict[str, jax.Array]:
         """The task's per-example results, or those of another task that needs no trained head."""
-        output = self.apply(params, batch)
+        output = self.apply(params, batch, fixed=fixed_texts(task or self.task))
         if task is not None:
             return task.predict({}, output, batch)
         return self.task.predict(params["heads"][self.task.name], output, batch)
 
     def prefix(self, params: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """Both streams where the first adapter meets them, of the plain backbone."""
+        """Both streams where the first adapter meets them, of the plain backbone; texts of a task's own are left out."""
         at = self.plan.first_layers()
+        own = fixed_texts(self.task) is None
+        pairing = Pairing.of(batch["image"], 4, batch["tokens"] if own else None)
         prefix = self.clip.apply(
             {"params": params["backbone"]},
-            batch["image"],
-            batch["tokens"],
-            batch["text_mask"],
+            pairing.images(batch["image"], repeat=False),
+            pairing.text(batch["tokens"], repeat=False) if own else None,
+            pairing.text(batch["text_mask"], repeat=False) if own else None,
             image_layers=at["vision"],
             text_layers=at["text"],
             method="prefix",
         )
-        return {"image_stream": prefix.image, "text_stream": prefix.text}
+        streams = {"image_stream": prefix.image.reshape(*_lead(batch["image"], 4), *prefix.image.shape[1:])}
+        if own:
+            streams["text_stream"] = prefix.text.reshape(*_lead(batch["tokens"], 2), *prefix.text.shape[1:])
+        return streams
+
+    def _text_stream(self, params: Tree, texts: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+        """The stream of fixed texts where the first adapter meets it."""
+        layers = self.plan.first_layers()["text"]
+        variables = {"params": params["backbone"]}
+        return self.clip.apply(variables, None, *texts, image_layers=0, text_layers=layers, method="prefix").text
+
+
+def fixed_texts(task: Task) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tokens and mask of the texts that a task has of its own, in place of the batch's; None for most tasks."""
+    return getattr(task, "texts", None)
+
+
+def _lead(rows: jax.Array, plain: int) -> tuple[int, ...]:
+    """The axes in front of what a picture, or a text, is: the batch, and how many an example has where it has several."""
+    return rows.shape[: rows.ndim - plain + 1]

@@ -258,7 +258,9 @@ class Adapters(Protocol):
         """Binds the adapters to a batch.
 
         Args:
-            route: ``int32 [batch]``, each example's task, -1 for the bare backbone; None where tasks are not stacked.
+            route: ``int32 [batch]``, each example's task, -1 for the bare backbone; or ``float [batch, tasks]``, the
+                weights with which tasks are mixed, 0 throughout for the bare backbone; None where tasks are not
+                stacked.
             key: the step's dropout key; None for evaluation.
         """
         ...

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import batch, drawn_params, model
 
-from vla_jax.adapters import router_training
-from vla_jax.adapters.binding import apply, where_on
+from vla_jax.adapters import Placement, clip_adapter, router_training
 from vla_jax.adapters.features import Labelled
 from vla_jax.adapters.router import Router, calibrate, router_features
 from vla_jax.adapters.router_training import RouterConfig, WithLosses, importance_balance, switch_balance
@@ -201,26 +201,31 @@ def test_mixture_weights_are_the_distribution_where_the_router_is_sure():
     np.testing.assert_allclose(router.probabilities(features), expected, rtol=1e-5)
 
 
-def test_mixing_with_one_hot_weights_equals_routing():
-    generator = np.random.default_rng(10)
-    x, y = (generator.standard_normal((6, 2, 4)).astype(np.float32) for _ in range(2))
-    kernels = jnp.asarray(generator.standard_normal((3, 4, 4)), jnp.float32)
-    # Certain about all but the last, about which it knows nothing.
-    logits = 1e3 * np.eye(3)[[2, 0, 1, 1, 2, 0]] * np.array([1, 1, 1, 1, 1, 0])[:, None]
-    router, features = router_with(logits, 0.5), np.eye(6, dtype=np.float32)
-    route, weights = router.route(features), router.mix(features)
-    np.testing.assert_array_equal(route, [2, 0, 1, 1, 2, -1])
+def test_its_weights_mix_what_the_tasks_adapters_do():
+    # At a tower's last map nothing follows, so that mixed features are the mean of the tasks' features by definition.
+    placement = Placement(clip_adapter().method, "feature", slots=("projection",), tasks=("a", "b", "c"))
+    given = model((placement,))
+    params, rows = drawn_params(given), batch(6)
+    logits = np.random.default_rng(11).standard_normal((6, 3))
+    weights = np.asarray(router_with(logits, 0.5).mix(np.eye(6, dtype=np.float32)))
+    assert 0 < (weights.sum(1) > 0).sum() < 6
 
-    def call(params, key, x, y):
-        del key
-        return y + jax.nn.relu(x @ params["kernel"])
+    @jax.jit
+    def features(**route):
+        output = given.apply(params, {k: v for k, v in rows.items() if k != "route"} | route)
+        return jnp.stack([output.image_features, output.text_features])
 
-    routed = where_on(route >= 0, apply(call, {"kernel": kernels}, {"kernel": True}, (x, y), route, None), y)
-    mixed = y
-    for k, kernel in enumerate(kernels):
-        alone = apply(call, {"kernel": kernel}, {"kernel": False}, (x, y), None, None)
-        mixed += weights[:, k, None, None] * (alone - y)
-    np.testing.assert_allclose(mixed, routed, rtol=1e-5, atol=1e-6)
+    alone = np.stack([features(route=np.full(6, k, np.int32)) for k in range(-1, 3)])
+    assert np.abs(np.diff(alone, axis=0)).min(axis=(0, 1)).max() > 1e-3
+    weights_of_all = np.concatenate([1 - weights.sum(1, keepdims=True), weights], axis=1)
+    expected = np.einsum("ktbw,bk->tbw", alone, weights_of_all)
+    np.testing.assert_allclose(features(mixture=weights), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_for_another_number_of_tasks_are_refused():
+    given = model((Placement(clip_adapter().method, "feature", slots=("projection",), tasks=("a", "b", "c")),))
+    with pytest.raises(UserError, match=r"\[batch, 3 tasks\].*\(16, 2\)"):
+        jax.eval_shape(given.apply, given.shapes(), batch() | {"mixture": np.ones((16, 2), np.float32)})
 
 
 def test_another_threshold_compiles_nothing_anew():

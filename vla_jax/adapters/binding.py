@@ -88,7 +88,7 @@ class _Batch:
 
     def on(self, layer: jax.Array | None, batch: int) -> jax.Array | None:
         """For which examples an adapter of a layer acts, ``bool [batch]``; None for all of them."""
-        on = None if self.route is None else self.route >= 0
+        on = None if self.route is None else _acting(self.route)
         if layer is None:
             return on
         kept = jnp.broadcast_to(layer >= self.dropped, (batch,))
@@ -172,14 +172,17 @@ def apply(
         by_task: by name, whether a parameter has a leading axis of tasks.
         arrays: the module's inputs, ``[batch, ...]``.
         route: ``int32 [batch]``, or None. A route beyond the last task turns the example's output into NaN, which a
-            training loop stops at, instead of borrowing another task's weights.
+            training loop stops at, instead of borrowing another task's weights. Or ``float [batch, tasks]``, the
+            weights with which all tasks' outputs are mixed.
         key: the layer's dropout key, or None; each example gets its own, so that sharding the batch changes nothing.
     """
     if any(by_task.values()) and route is None:
         raise UserError("adapters stacked over tasks need a route, int32 [batch]: each example's task, -1 for none")
+    if route is not None and route.ndim == 2 and any(by_task.values()):
+        return _mixed(call, params, by_task, arrays, route, key)
     batch = jax.tree.leaves(arrays)[0].shape[0]
     keys = None if key is None else jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(batch))
-    if route is not None:
+    if any(by_task.values()):
         chosen = jnp.maximum(route, 0)
         params = {
             name: a.at[chosen].get(mode="fill", fill_value=jnp.nan) if by_task[name] else a
@@ -187,6 +190,36 @@ def apply(
         }
     axes = ({name: 0 if by_task[name] else None for name in params}, None if keys is None else 0)
     return jax.vmap(call, in_axes=(*axes, *[0] * len(arrays)))(params, keys, *arrays)
+
+
+def _mixed(
+    call: Callable[..., Any],
+    params: Mapping[str, jax.Array],
+    by_task: Mapping[str, bool],
+    arrays: Sequence[Any],
+    weights: jax.Array,
+    key: jax.Array | None,
+) -> Any:
+    """:func:`apply` for all tasks, and the mean of their outputs with each example's weights.
+
+    Outputs are mixed, not parameters: the mean of two sets of low-rank factors is not the mean of what they do. Since
+    the weights of an example that adapters act on are made to sum to one, what the adapters leave alone stays as it is.
+    """
+    stacked = {name: a for name, a in params.items() if by_task[name]}
+    tasks = next(iter(stacked.values())).shape[0]
+    if weights.shape[1] != tasks:
+        raise UserError(f"weights of a mixture are [batch, {tasks} tasks] for these adapters; given {weights.shape}")
+    shared = {name: a for name, a in params.items() if not by_task[name]}
+    alone = lambda own: apply(call, shared | own, dict.fromkeys(params, False), arrays, None, key)  # noqa: E731
+    outputs = jax.vmap(alone)(stacked)  # [tasks, batch, ...]
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1)
+    return jax.tree.map(lambda a: jnp.einsum("tb...,bt->b...", a, weights).astype(a.dtype), outputs)
+
+
+def _acting(route: jax.Array) -> jax.Array:
+    """Which examples adapters act on, ``bool [batch]``: those with a task, or with a weight in a mixture."""
+    return route >= 0 if route.ndim == 1 else route.sum(-1) > 0
 
 
 def where_on(on: jax.Array | None, new: Any, old: Any) -> Any:

@@ -65,6 +65,8 @@ class CLIPOutput:
         text_hidden: ``[1 + depth, batch, length, width]``; None unless asked for.
         scale: ``[]``, what cosines are multiplied with.
         readings: by tower, what adapters hand out for inspection, each ``[places, batch, ...]``.
+        patch_features: ``[batch, patches, projection]``, each patch after the last LayerNorm and the bare projection,
+            not normalised, so that patches can be compared with texts.
     """
 
     image_features: jax.Array | None
@@ -77,6 +79,7 @@ class CLIPOutput:
     text_hidden: jax.Array | None
     scale: jax.Array
     readings: Mapping[str, Mapping[str, jax.Array]]
+    patch_features: jax.Array | None = None
 
     @property
     def logits(self) -> jax.Array:
@@ -119,7 +122,7 @@ class CLIP(nn.Module):
         text_mask: Shaped[Given, "texts length"] | None = None,
         *,
         adapters: Adapters | None = None,
-        route: Int[Given, "texts"] | None = None,
+        route: Int[Given, "texts"] | Float[Given, "texts tasks"] | None = None,
         key: jax.Array | None = None,
         after: Prefix | None = None,
         hidden_states: bool = False,
@@ -132,7 +135,8 @@ class CLIP(nn.Module):
             text_mask: false on padding; None where texts are not to be masked. Causal
                 attention already hides what follows a text, so that the pooled feature does not depend on it.
             adapters: what sits in the slots; None for the plain backbone.
-            route: each example's task for adapters stacked over tasks, -1 for the bare backbone.
+            route: each example's task for adapters stacked over tasks, -1 for the bare backbone; or the weights, none
+                negative, with which the tasks' adapters are mixed, all of them 0 for the bare backbone.
             key: dropout key of this step; None for evaluation.
             after: streams to go on from instead of starting at ``images`` and the token embeddings; ``tokens`` are
                 still needed for texts. Nothing may sit in the slots already passed.
@@ -146,7 +150,8 @@ class CLIP(nn.Module):
         occupancy = vacant(depths) if adapters is None else adapters.occupy(route, key)
         _check_given(after, images, tokens, occupancy)
         image = self._begin_image(images, after, occupancy)
-        image_pooled = image_features = text_pooled = text_features = image_tokens = text_tokens = None
+        image_pooled = image_features = text_pooled = text_features = None
+        image_tokens = text_tokens = patch_features = None
         if occupancy.conditioned and tokens is not None:
             self._advance(image, occupancy, depths["vision"], hidden_states or "vision" in occupancy.side)
             image_features = self.vision.pool(image.beside(occupancy), occupancy.projection["vision"])[1]
@@ -155,6 +160,7 @@ class CLIP(nn.Module):
         if image is not None:
             image_tokens = image.beside(occupancy)
             image_pooled, image_features = self.vision.pool(image_tokens, occupancy.projection["vision"])
+            patch_features = self.vision.patch_features(image_tokens)
         if text is not None:
             beside, slot = text.beside(occupancy), occupancy.projection["text"]
             text_tokens, text_pooled, text_features = self.text.pool(beside, tokens, slot)
@@ -173,6 +179,7 @@ class CLIP(nn.Module):
                 for name, stream in (("vision", image), ("text", text))
                 if stream is not None
             },
+            patch_features=patch_features,
         )
 
     def prefix(

@@ -100,6 +100,10 @@ class VisionTower(nn.Module):
         pooled = self.post_norm(stream[:, 0])
         return pooled, _project(self.projection, pooled, slot)
 
+    def patch_features(self, stream: Float[Array, "batch tokens width"]) -> Float[Array, "batch patches projection"]:
+        """Every patch after the last LayerNorm and the projection, which are trained for the class token alone."""
+        return self.projection(self.post_norm(stream[:, 1:]))[0]
+
 
 class TextTower(nn.Module):
     """The causal text transformer up to its projection."""
