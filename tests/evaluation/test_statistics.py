@@ -177,3 +177,34 @@ def test_unequal_models_and_clusters_are_refused():
         statistics.paired_difference(np.ones((2, 5)), np.ones((3, 5)))
     with pytest.raises(UserError, match="5 examples"):
         statistics.accuracy(np.array([0, 1, 0, 1, 1]), clusters=[1, 2])
+
+
+def test_bootstrap_of_one_seed_is_scipys_percentile_bootstrap():
+    correct = np.arange(400) < 123
+    found = statistics.bootstrap_accuracy(correct)
+    drawn = stats.bootstrap((correct,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0))
+    assert found.value == 123 / 400
+    # Both are quantiles of 10,000 draws with a step of 1 / 400.
+    expected = drawn.confidence_interval
+    np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high], rtol=0, atol=0.005)
+    assert statistics.bootstrap_accuracy(np.zeros(30, bool)) == statistics.wilson(0, 30)
+    seeds = np.random.default_rng(0).random((3, 50)) < 0.5
+    assert statistics.bootstrap_accuracy(seeds) == statistics.accuracy(seeds)
+
+
+def test_class_mean_counts_every_class_the_same_and_leaves_out_small_ones():
+    classes = ["a"] * 30 + ["b"] * 10 + ["c"] * 3
+    correct = np.concatenate([np.arange(30) < 15, np.arange(10) < 9, np.arange(3) < 0])
+    assert statistics.class_mean(correct, classes).value == pytest.approx((0.5 + 0.9 + 0) / 3)
+    found = statistics.class_mean(correct, classes, least=10)
+    assert found.value == pytest.approx(0.7)
+    # The mean of 15 of 30 and 9 of 10 has this variance; the binomials are close enough to normal.
+    half = 1.96 * np.sqrt(0.25 / 30 + 0.09 / 10) / 2
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
+
+
+def test_class_mean_says_what_it_cannot_average():
+    with pytest.raises(UserError, match="no class has 5 examples; the largest of 2 has 3"):
+        statistics.class_mean(np.ones(5, bool), list("aaabb"), least=5)
+    with pytest.raises(UserError, match="of one model"):
+        statistics.class_mean(np.ones((2, 5), bool), list("aaabb"))

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
+from vla_jax.data.scenes import SceneConfig, SceneSource
 from vla_jax.errors import UserError
-from vla_jax.evaluation import winoground
+from vla_jax.evaluation import statistics, winoground
 
 
 def literal(score):
@@ -136,6 +139,12 @@ def test_scores_file_keeps_every_bit_in_any_order_of_lines(tmp_path):
         (lambda lines: ['{"label": "0_c2_i0", "score": 1}', *lines], "line 1: label '0_c2_i0' is not of the form"),
         (lambda lines: ['{"label": "0_c0_i0", "score": "1"}', *lines[1:]], "line 1: the score of '0_c0_i0' is '1'"),
         (lambda lines: ['{"label": "0_c0_i0", "score": NaN}', *lines[1:]], "line 1: the score of '0_c0_i0' is nan"),
+        (lambda lines: ['{"label": "0_c0_i0", "score": 1e999}', *lines[1:]], "line 1: the score of '0_c0_i0' is inf"),
+        (
+            lambda lines: [f'{{"label": "0_c0_i0", "score": 1{"0" * 400}}}', *lines[1:]],
+            "line 1: the score of '0_c0_i0'",
+        ),
+        (lambda lines: ['{"label": "0_c0_i0", "score": true}', *lines[1:]], "line 1: the score of '0_c0_i0' is True"),
         (lambda lines: [lines[0], "{", *lines[1:]], "line 2: not JSON"),
         (lambda lines: [lines[0], "[1]", *lines[1:]], "line 2: a JSON object is expected"),
     ],
@@ -179,31 +188,108 @@ def directory(tmp_path):
     return tmp_path
 
 
-def test_directory_is_read_at_random(directory):
+def test_directory_is_read_at_random_in_the_form_of_generated_quadruples(directory):
     source = winoground.Winoground(directory)
     assert len(source) == 3
     assert source.identifiers == ["0", "1", "2"]
     example = source[2]
-    assert (example["id"], example["captions"]) == ("2", ("a dog on a cat", "a cat on a dog"))
-    assert [image.shape for image in example["images"]] == [(4, 6, 3)] * 2
-    assert [image[0, 0].tolist() for image in example["images"]] == [[20, 0, 30], [20, 20, 30]]
+    assert (example["id"], example["caption_0"], example["caption_1"]) == ("2", "a dog on a cat", "a cat on a dog")
+    for number in (0, 1):
+        with Image.open(io.BytesIO(example[f"image_{number}"])) as picture:
+            assert picture.size == (6, 4)
+            assert picture.getpixel((0, 0)) == (20, 20 * number, 30, 128)
     assert winoground.groups_of_examples(source.examples)["collapsed_tag: Object"].tolist() == [0, 1, 2]
+    generated = SceneSource("test", "quadruples", SceneConfig(image_size=32), length=1)[0]
+    assert example.keys() == generated.keys() - {"scene_0", "scene_1"}
 
 
 def test_directory_says_what_to_download_and_where_to(directory, tmp_path):
     with pytest.raises(UserError, match=r"huggingface\.co/datasets/facebook/winoground.*nowhere/images/ex_0_img_0"):
         winoground.Winoground(tmp_path / "nowhere")
     (directory / "images" / "ex_1_img_1.png").unlink()
-    with pytest.raises(UserError, match=r"1 Winoground pictures are missing.*ex_1_img_1\.png.*images\.zip"):
+    with pytest.raises(UserError, match=r"1 of 6 pictures are missing.*ex_1_img_1\.png.*images\.zip"):
         winoground.Winoground(directory)
 
 
-def test_damaged_examples_are_named(directory):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: [*lines, lines[0]], "line 4: example '0' stands there twice, first in line 1"),
+        (lambda lines: [lines[0], lines[1].replace("caption_1", "caption")], "line 2: fields caption_1 are missing"),
+        (lambda lines: [lines[0].replace('"Noun"', "7")], "line 1: field tag is 7, not str"),
+        (lambda lines: [lines[0].replace('"a dog on a cat"', '" "')], "line 1: field caption_0 is empty"),
+        (lambda lines: [lines[0].replace('main_preds": 1', 'main_preds": "one"')], "line 1: num_main_preds is 'one'"),
+        (lambda lines: ["", " "], "holds no example"),
+    ],
+)
+def test_damaged_examples_are_named(directory, change, message):
     path = directory / "examples.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines, lines[0]]))
-    with pytest.raises(UserError, match="example '0' stands there twice"):
+    path.write_text("\n".join(change(path.read_text().splitlines())))
+    with pytest.raises(UserError, match=message):
         winoground.Winoground(directory)
-    path.write_text("\n".join([lines[0], lines[1].replace("caption_1", "caption")]))
-    with pytest.raises(UserError, match="line 2: fields caption_1 are missing"):
-        winoground.Winoground(directory)
+
+
+def test_a_caption_may_hold_the_line_separators_that_only_json_leaves_alone(directory):
+    path = directory / "examples.jsonl"
+    path.write_text(path.read_text().replace("a dog on", "a\u2028dog on"), encoding="utf-8")
+    assert winoground.read_examples(path)[0].captions[0] == "a\u2028dog on a cat"
+
+
+def test_bootstrap_intervals_are_those_of_drawing_examples():
+    """Against scipy's percentile bootstrap; the quantiles of 10,000 draws have standard errors below 0.002."""
+    scores = np.random.default_rng(3).random((400, 2, 2))
+    found = winoground.evaluate(scores, statistics.bootstrap_accuracy)
+    assert found.text.value == winoground.evaluate(scores).text.value
+    correct = winoground.outcomes(scores).text.astype(float)
+    drawn = stats.bootstrap((correct,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0))
+    expected = drawn.confidence_interval
+    np.testing.assert_allclose([found.text.low, found.text.high], [expected.low, expected.high], rtol=0, atol=0.008)
+
+
+def test_trained_models_are_compared_example_by_example():
+    perfect, constant = np.broadcast_to(np.eye(2), (40, 2, 2)), np.zeros((40, 2, 2))
+    half = np.where(np.arange(40)[:, None, None] < 25, perfect, constant)
+    found = winoground.compare_trained(perfect, half)["group"]
+    assert (found.both, found.only_a, found.only_b, found.neither) == (25, 15, 0, 0)
+    assert found.p_value == pytest.approx(2 / 2**15)
+
+
+@pytest.fixture
+def relabelling(directory):
+    path = directory / "new_tag_assignments.json"
+    path.write_text(json.dumps({"0": ["Complex Reasoning", "Unusual Text"], "1": [], "2": ["Unusual Text"]}))
+    return path
+
+
+def test_relabelling_is_read_as_published(directory, relabelling):
+    examples = winoground.read_examples(directory / "examples.jsonl")
+    groups = winoground.relabelled_groups(examples, winoground.read_relabelling(relabelling, examples))
+    assert {name: positions.tolist() for name, positions in groups.items()} == {
+        "relabelled: Complex Reasoning": [0],
+        "relabelled: Unusual Text": [0, 2],
+        "relabelled: no tag": [1],
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"0": [], "1": []}', "1 of 3 examples are missing, first '2'"),
+        ('{"0": [], "1": [], "2": [], "9": []}', "1 ids name no example, first '9'"),
+        ('{"0": [], "1": "Complex Reasoning", "2": []}', "the tags of '1' are 'Complex Reasoning', not a list"),
+        ('{"0": ["A", "A"], "1": [], "2": []}', "example '0' has the tag 'A' twice"),
+        ('{"0": [], "1": [], "1": ["A"], "2": []}', "the key '1' stands twice"),
+        ('{"0": [],\n"1": [', "line 2: not JSON"),
+        ("[]", "not an object of tags by id.*why-winoground-hard"),
+    ],
+)
+def test_a_damaged_relabelling_is_named(directory, relabelling, content, message):
+    examples = winoground.read_examples(directory / "examples.jsonl")
+    relabelling.write_text(content)
+    with pytest.raises(UserError, match=message):
+        winoground.read_relabelling(relabelling, examples)
+
+
+def test_an_absent_relabelling_says_where_it_comes_from(directory):
+    with pytest.raises(UserError, match=r"github\.com/ajd12342/why-winoground-hard"):
+        winoground.read_relabelling(directory / "nothing.json", winoground.read_examples(directory / "examples.jsonl"))

@@ -8,6 +8,8 @@ function                    drawn anew                the claim that it supports
 ``wilson``                  examples                  how good is *this trained model* on such examples?
 ``mean_interval``           seeds                     how good is *the method*, trained again, on this test set?
 ``accuracy``                examples, and seeds       how good is *the method*, trained again, on new examples?
+``bootstrap_accuracy``      examples, and seeds       the same; also for one seed, as published tables have it
+``class_mean``              examples of each class    how good is *this trained model*, every class counting the same?
 ``paired_difference``       examples, and seeds       by how much does method a beat method b? (interval)
 its ``p_value``             the two models' names     do *these trained models* differ at all on such examples?
 ==========================  ========================  ===========================================================
@@ -166,6 +168,60 @@ def paired_difference(
         wins=int((difference > 0).sum()),
         losses=int((difference < 0).sum()),
     )
+
+
+def bootstrap_accuracy(correct: np.ndarray, clusters: Sequence | np.ndarray | None = None, seed: int = 0) -> Interval:
+    """Accuracy with a percentile bootstrap over examples (and seeds), also for one seed of independent examples.
+
+    For reports beside published bootstrap intervals; :func:`accuracy` has Wilson's interval there, which covers better
+    near 0 and 1. Outcomes that are all alike leave nothing to draw from and get Wilson's interval here too.
+
+    Args:
+        correct: bool [examples] or [seeds, examples].
+        clusters: [examples], as for :func:`accuracy`.
+        seed: of the bootstrap's random numbers.
+
+    Raises:
+        UserError: as :func:`accuracy`.
+    """
+    correct = _outcomes(correct)
+    value = float(correct.mean())
+    if value in (0.0, 1.0):
+        return accuracy(correct, clusters, seed)
+    low, high = np.clip(_bootstrap(_tally(correct, clusters), seed), 0, 1)
+    return Interval(value, float(low), float(high))
+
+
+def class_mean(correct: np.ndarray, classes: Sequence | np.ndarray, least: int = 1, seed: int = 0) -> Interval:
+    """Mean over classes of the accuracy within each, of one trained model, whatever the classes' sizes.
+
+    The interval is a percentile bootstrap that draws within each class as many examples as it has. A class that is all
+    right or all wrong adds no spread, so with many small classes the interval is too narrow.
+
+    Args:
+        correct: bool [examples].
+        classes: [examples], the class of each.
+        least: classes with fewer examples are left out.
+        seed: of the bootstrap's random numbers.
+
+    Raises:
+        UserError: wrong shapes, values other than 0 and 1, or no class with enough examples.
+    """
+    right = _outcomes(correct)
+    classes = np.asarray(classes)
+    if len(right) != 1 or classes.shape != right.shape[1:]:
+        raise UserError(
+            f"a mean over classes takes outcomes [examples] of one model and as many classes, given "
+            f"{list(np.shape(correct))} and {list(classes.shape)}"
+        )
+    _, member, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    kept = sizes >= least
+    if not kept.any():
+        raise UserError(f"no class has {least} examples; the largest of {len(sizes)} has {sizes.max()}")
+    shares = (np.bincount(member, right[0]) / sizes)[kept]
+    drawn = np.random.default_rng(seed).binomial(sizes[kept], shares, (RESAMPLES, kept.sum())) / sizes[kept]
+    low, high = np.quantile(drawn.mean(1), [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    return Interval(float(shares.mean()), float(low), float(high))
 
 
 @dataclass(frozen=True)
