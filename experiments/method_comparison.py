@@ -63,7 +63,7 @@ class Config:
         head_rates: learning rates tried for a linear head alone, all to the end: it costs next to nothing.
         adapter_rates: learning rates tried for adapters.
         light_rates: learning rates tried where few numbers are trained, or numbers that others are multiplied with.
-        full_rates: learning rates tried for full fine-tuning.
+        full_rates: learning rates tried for full fine-tuning, and for networks that make an adapter's weights.
         budget: steps, batch, seeds and optimiser, the same for every method.
         sizes: how much data.
         latency_batch: pairs of the forward pass that is timed.
@@ -82,14 +82,15 @@ class Config:
     full_rates: tuple[float, ...] = (3e-4, 1e-3)
     budget: Budget = dataclasses.field(
         default_factory=lambda: Budget(
-            steps=120,
-            selection_share=0.2,
+            steps=100,
+            selection_share=0.3,
             batch_size=64,
             optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
+            head_rate=1e-2,
         )
     )
     sizes: Sizes = dataclasses.field(
-        default_factory=lambda: Sizes(train=7_680, validation=512, quadruples=200, kept=512, caption_length=44)
+        default_factory=lambda: Sizes(train=6_400, quadruples=200, kept=512, caption_length=44)
     )
     latency_batch: int = 32
     compute: Compute = dataclasses.field(default_factory=Compute)
@@ -160,6 +161,7 @@ PRESETS = {
             batch_size=128,
             seeds=(0, 1, 2),
             optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
+            head_rate=1e-2,
         ),
         sizes=Sizes(train=64_000, quadruples=1_000, kept=2_048, caption_length=44),
     ),

@@ -147,6 +147,23 @@ def test_an_outcome_says_what_was_trained_and_what_it_cost(folder, outcome):
     assert [record["step"] for record in read_records(_run(folder, rejected, 0) / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_a_head_beside_adapters_may_learn_at_a_rate_of_its_own(tmp_path):
+    budget = dataclasses.replace(BUDGET, steps=3, seeds=(0,), head_rate=0.05)
+    given = _comparison(tmp_path, budget=budget)
+    fused = dataclasses.replace(FUSED, learning_rates=(0.001,))
+    linear = dataclasses.replace(LINEAR, learning_rates=(0.3,))
+    peaks = {}
+    for variant in (fused, linear):
+        given.run(variant)
+        path = tmp_path / variant.name / f"learning_rate_{variant.learning_rates[0]:g}" / "seed_0" / "metrics.jsonl"
+        record = read_records(path)[0]  # the one step of warm-up: 0 of the peak, then all of it
+        second = read_records(path)[1]
+        assert record["train/learning_rate"] == 0
+        peaks[variant.name] = {name: second[name] for name in second if name.startswith("train/learning_rate")}
+    assert peaks["fused"] == pytest.approx({"train/learning_rate": 0.001, "train/learning_rate/head": 0.05})
+    assert peaks["linear"] == pytest.approx({"train/learning_rate": 0.3})
+
+
 def test_a_finished_variant_is_read(folder, outcome, no_training):
     again = _comparison(folder).run(LINEAR)
     assert (again.validation, again.validated) == (outcome.validation, outcome.validated)

@@ -39,7 +39,8 @@ from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.errors import UserError, unknown
 
 Pace = Literal["head", "adapters", "light", "full"]
-"""Which grid of learning rates: a linear head, adapters, few or multiplying numbers, the backbone itself."""
+"""Which grid of learning rates: a linear head; adapters; few or multiplying numbers; the backbone itself, or a network
+that makes an adapter's weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +115,12 @@ METHODS: Mapping[str, Entry] = MappingProxyType(
         "dora": Entry("DoRA", "low rank", _lora("dora", alpha=16.0, decomposed=True)),
         "pissa": Entry("PiSSA", "low rank", _lora("pissa", alpha=8.0, init="pissa")),
         "compacter": Entry("Compacter", "shared weights", _fixed(compacter())),
-        "hyperformer": Entry("Hyperformer", "shared weights", _fixed(hyperformer())),
+        "hyperformer": Entry("Hyperformer", "shared weights", _fixed(hyperformer()), pace="full"),
         "coop": Entry("CoOp", "tokens", _fixed(coop(4)), pace="light"),
         "cocoop": Entry("CoCoOp", "tokens", _fixed(cocoop()), pace="light"),
         "vpt_deep": Entry("VPT deep", "tokens", _fixed(vpt_deep()), pace="light"),
         "maple": Entry("MaPLe", "tokens", _maple, pace="light"),
-        "prefix": Entry("prefix tuning", "tokens", _fixed(prefix_tuning())),
+        "prefix": Entry("prefix tuning", "tokens", _fixed(prefix_tuning()), pace="full"),
         "fusion": Entry("fusion (gate, attention)", "cross-modal", _fixed(Placement(Fusion(reduction=4), "fusion"))),
         "cross_modal": Entry(
             "Cross-Modal Adapter", "cross-modal", lambda config: (_paired(cross_modal_adapter(), config),)

@@ -35,13 +35,18 @@ from vla_jax.reporting.table import write_atomically
 from vla_jax.training.checkpoint import Checkpointer, load_adapters, save_adapters
 from vla_jax.training.checkpoint_metadata import Identity
 from vla_jax.training.metrics import JsonLines, TensorBoard, read_records
-from vla_jax.training.optimizer import make_optimizer
+from vla_jax.training.optimizer import GroupConfig, make_optimizer
 from vla_jax.training.presets import GROUPS, preset
 from vla_jax.training.sharding import batch_sharding, place, replicated
 from vla_jax.training.step import Step, TrainState, init_state, make_eval_step, make_train_step, step_shardings
-from vla_jax.training.table import ParameterTable, ResolvedTable
+from vla_jax.training.table import ParameterTable, ResolvedTable, Rule
 from vla_jax.training.trainer import fit
 from vla_jax.variants import Budget, Outcome, TaskData, Variant
+
+_HEAD = Rule(r"heads/.*", group="head")
+
+# What of a batch the computed streams stand for, and what the new source gives anew.
+_REPLACED = ("image", "valid", "index")
 
 
 class Comparison:
@@ -83,7 +88,17 @@ class Comparison:
 
     def table(self, variant: Variant) -> ResolvedTable:
         """The variant's parameter table; computes nothing."""
-        return ParameterTable(preset(variant.rules)).resolve(self.model(variant).shapes())
+        own = (_HEAD,) if self._own_head_rate(variant) else ()
+        return ParameterTable((*own, *preset(variant.rules))).resolve(self.model(variant).shapes())
+
+    def groups(self, variant: Variant) -> tuple[GroupConfig, ...]:
+        """The optimiser groups that the variant's table names, beside those of the budget."""
+        own = (GroupConfig(_HEAD.group, learning_rate=self.budget.head_rate),) if self._own_head_rate(variant) else ()
+        return (*own, *GROUPS.get(variant.rules, ()))
+
+    def _own_head_rate(self, variant: Variant) -> bool:
+        """Whether the head learns at a rate of its own; where nothing else is trained, its rate is the searched one."""
+        return self.budget.head_rate is not None and variant.rules != "linear_probe"
 
     def run(self, variant: Variant) -> Outcome:
         """Trains and tests a variant, or reads what is finished of it."""
@@ -113,9 +128,8 @@ class Comparison:
         for split, source in self.data.splits.items():
             rows = evaluate(
                 Pipeline(source, self.data.transform, self.budget.batch_size, training=False),
-                lambda batch: program(params, batch),
+                lambda batch: dict(program(params, batch)) | {k: a for k, a in batch.items() if k not in _REPLACED},
                 batch_sharding(self.mesh),
-                keep=("tokens", "text_mask", "label", "route"),
                 description=f"frozen part of {split}",
             )
             rows["position"] = rows.pop("index")
@@ -223,6 +237,7 @@ class _VariantRun:
             "selection_steps": budget.selection_steps(self.variant),
             "batch_size": budget.batch_size,
             "optimizer": dataclasses.asdict(dataclasses.replace(budget.optimizer, learning_rate=0.0)),
+            "head_rate": budget.head_rate,
             "dtype": self.comparison.compute.dtype,
             "storage": str(jax.tree.leaves(self.comparison.backbone.params)[0].dtype),
             "examples": {name: len(source) for name, source in data.splits.items()}
@@ -276,7 +291,7 @@ class _VariantRun:
         return (task or data.task).finish(found)
 
     def _optimizer(self, rate: float, trainable: names.Tree) -> optax.GradientTransformation:
-        groups = (*self.budget.optimizer.groups, *GROUPS.get(self.variant.rules, ()))
+        groups = (*self.budget.optimizer.groups, *self.comparison.groups(self.variant))
         config = dataclasses.replace(self.budget.optimizer, learning_rate=rate, groups=groups)
         return make_optimizer(config, self.table, trainable, self.budget.steps)
 

@@ -60,6 +60,8 @@ class Budget:
         batch_size: examples of a step.
         seeds: of parameters, order of the data and dropout; the first one serves the choice.
         optimizer: everything else of the optimiser.
+        head_rate: learning rate of the head beside adapters or a backbone, which then have the searched one alone.
+            Where it is None they share one, and a method that learns best slowly has a head that has learnt little.
         checkpoint_every: steps between checkpoints.
         log_every: steps between logged ones.
     """
@@ -69,6 +71,7 @@ class Budget:
     batch_size: int = 64
     seeds: tuple[int, ...] = (0,)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    head_rate: float | None = None
     checkpoint_every: int = 200
     log_every: int = 20
 
@@ -79,6 +82,8 @@ class Budget:
             raise UserError(f"seeds name one twice: {', '.join(map(str, self.seeds))}")
         if min(self.steps, self.batch_size, self.checkpoint_every, self.log_every) < 1:
             raise UserError("steps, batch_size, checkpoint_every and log_every must be at least 1")
+        if self.head_rate is not None and not self.head_rate > 0:
+            raise UserError(f"head_rate must be positive, or None for the searched rate; got {self.head_rate}")
         _check_share(self.selection_share)
 
     def selection_steps(self, variant: Variant) -> int:
