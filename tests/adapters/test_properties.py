@@ -164,14 +164,6 @@ def test_route_beyond_the_last_task_is_not_a_number(name):
         assert not np.isnan(np.delete(outputs[n], 2, axis=0)).any()
 
 
-def test_mixture_of_one_task_is_its_route(name):
-    plan = _plan(name, tasks=TASKS)
-    adapters = _trained(name, plan)
-    route = jnp.array([2, 0, -1, 1, 1, -1, 0, 2])
-    weights = 0.3 * jax.nn.one_hot(route, len(TASKS))  # only their proportions count; -1 has none
-    _close(_outputs(name, plan, adapters, route=weights), _outputs(name, plan, adapters, route=route))
-
-
 def test_subset_of_layers_touches_only_those(name):
     plan = _plan(name, layers="-1", ranks=(), alphas=())
     embeds = {"embed", "tokens"} & set(plan.placements[0].slots)
