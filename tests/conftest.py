@@ -19,6 +19,7 @@ os.environ.setdefault("NPROC", "64")
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadScopeScheduling
 
 # Modules whose signatures say shapes; every call that a test makes into them is checked. It must precede their import.
 install_import_hook(
@@ -60,14 +61,17 @@ MAPS = Path("/proc/self/maps")
 _tests = 0
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _ByFileOrSetting(LoadScopeScheduling):
     """Tests of one file go to one worker, for what they share; the list of properties is dealt out by setting."""
-    for item in items:
-        group = item.path.name
-        if group == "test_properties.py":
-            group += f" {item.callspec.params['name']}"
-        item.add_marker(pytest.mark.xdist_group(group))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, test = nodeid.partition("::")
+        return f"{file} {test.partition('[')[2]}" if file.endswith("test_properties.py") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByFileOrSetting:
+    """How tests are dealt out to workers (pytest-xdist)."""
+    return _ByFileOrSetting(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -124,16 +124,17 @@ class AdaptedModel:
                 :meth:`prefix` returned them. Examples may have several pictures or several texts, on an axis after the
                 batch; what comes out then has one row a pair (:mod:`vla_jax.pairing`).
             key: the step's key, for dropout and the drop of layers; None for evaluation.
-            fixed: tokens and mask ``[texts, length]`` of texts that are those of every example, in place of the batch's.
-                They are encoded once and come out as they are; where adapters need pairs, or pick weights by example,
-                one row a pair comes out.
+            fixed: tokens and mask ``[texts, length]`` of texts that are every example's, in place of the batch's. They
+                are encoded once and come out as they are; where adapters need pairs, or pick weights by example, one
+                row a pair comes out.
         """
         dropped = after = None
         if key is not None and self.robust_drop:
             dropped = draw(key, self.robust_drop)
         shown = {modality: modality in self.modalities for modality in MODALITIES}
         streams = "image_stream" in batch
-        image = batch["image_stream" if streams else "image"] if shown["image"] else None
+        shown_as = "image_stream" if streams else "image"
+        image = batch[shown_as] if shown["image"] else None
         routed = any(group.tasks for group in self.plan.groups)
         # A route is an example's and holds for both towers, so that both then need as many rows.
         repeat = routed or self.plan.needs_pairs
@@ -142,7 +143,7 @@ class AdaptedModel:
             """A fixed text's rows, once an example where pairs are run."""
             if fixed is None or not repeat:
                 return text
-            return jnp.broadcast_to(text, (len(image), *text.shape))
+            return jnp.broadcast_to(text, (len(batch[shown_as]), *text.shape))
 
         tokens = mask = None
         if shown["text"]:
@@ -180,7 +181,7 @@ class AdaptedModel:
         return self.task.predict(params["heads"][self.task.name], output, batch)
 
     def prefix(self, params: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """Both streams where the first adapter meets them, of the plain backbone; texts of a task's own are left out."""
+        """Both streams where the first adapter meets them, of the plain backbone, without texts of a task's own."""
         at = self.plan.first_layers()
         own = fixed_texts(self.task) is None
         pairing = Pairing.of(batch["image"], 4, batch["tokens"] if own else None)
@@ -211,5 +212,5 @@ def fixed_texts(task: Task) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _lead(rows: jax.Array, plain: int) -> tuple[int, ...]:
-    """The axes in front of what a picture, or a text, is: the batch, and how many an example has where it has several."""
+    """The axes in front of those of a picture, or a text: the batch, and how many an example has if several."""
     return rows.shape[: rows.ndim - plain + 1]

@@ -134,7 +134,7 @@ def _transform(backbone: Backbone, length: int, **fields: str) -> TransformExamp
     return TransformExample(Preprocess(backbone.image_processor), Tokenize(backbone.tokenizer, length), **fields)
 
 
-def _scenes(kind: str, backbone: Backbone, sizes: Sizes) -> dict[str, Source]:
+def scenes(kind: str, backbone: Backbone, sizes: Sizes) -> dict[str, Source]:
     """Generated scenes of the backbone's size; what is built is named by everything that makes it differ."""
     scene = SceneConfig(image_size=backbone.config.image_size)
     name = "_".join(map(str, [kind, scene.image_size, *sizes.splits.values()]))
@@ -151,7 +151,7 @@ def _test_scenes(kind: str, backbone: Backbone, sizes: Sizes, count: int) -> Sou
 
 
 def _statements(sizes: Sizes, backbone: Backbone) -> tuple[TransformExample, dict[str, Source]]:
-    return _transform(backbone, sizes.text_length, label_key="label"), _scenes("statements", backbone, sizes)
+    return _transform(backbone, sizes.text_length, label_key="label"), scenes("statements", backbone, sizes)
 
 
 def _easy_vqa(sizes: Sizes, backbone: Backbone) -> tuple[TransformExample, dict[str, Source]]:
@@ -160,7 +160,7 @@ def _easy_vqa(sizes: Sizes, backbone: Backbone) -> tuple[TransformExample, dict[
 
 
 def _retrieval(sizes: Sizes, backbone: Backbone) -> tuple[TransformExample, dict[str, Source]]:
-    return _transform(backbone, sizes.caption_length, text_key="caption"), _scenes("captions", backbone, sizes)
+    return _transform(backbone, sizes.caption_length, text_key="caption"), scenes("captions", backbone, sizes)
 
 
 TASKS: Mapping[str, Callable[[Sizes, Backbone], tuple[TransformExample, dict[str, Source]]]] = {

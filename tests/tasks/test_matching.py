@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 import numpy as np
-from pairs import BATCH, WIDTH, assert_sharded_equals_one_device, expected_logits, head, output
+from pairs import BATCH, WIDTH, assert_sharded_equals_one_device, expected_features, expected_logits, head, output
 
-from vla_jax.tasks.matching import Matching
+from vla_jax.tasks.matching import Matching, PairMatching
 
 LABELS = np.random.default_rng(5).integers(0, 2, BATCH).astype(np.int32)
 VALID = np.arange(BATCH) % 5 != 3
@@ -49,3 +49,27 @@ def test_predictions_are_the_logits_and_a_tie_counts_as_false():
 def test_the_loss_is_a_mean_over_all_devices():
     batch = {"label": jnp.asarray(LABELS), "valid": jnp.asarray(VALID)}
     assert_sharded_equals_one_device(Matching(), head(4 * WIDTH, 1), batch)
+
+
+def test_two_pictures_are_judged_by_the_features_of_both_pairs():
+    task, given = PairMatching(), output()
+    params = head(4 * 4 * WIDTH, 1)
+    rows = expected_features(given).reshape(BATCH // 2, 2, 4 * WIDTH)
+    kernel, bias = (np.asarray(params["classifier"][name], np.float64) for name in ("kernel", "bias"))
+    expected = []
+    for first, second in rows:
+        expected.append(np.concatenate([first, second, first * second, abs(first - second)]) @ kernel[:, 0] + bias[0])
+    labels = np.arange(BATCH // 2) % 2
+    found = task.predict(params, given, {"label": jnp.asarray(labels)})
+    np.testing.assert_allclose(found["score"], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(found["correct"], (np.array(expected) > 0) == (labels > 0))
+    loss, _ = task.loss(params, given, {"label": jnp.asarray(labels)})
+    np.testing.assert_allclose(loss, np.mean(np.log1p(np.exp(np.where(labels, -1, 1) * np.array(expected)))), rtol=1e-4)
+    assert task.init(4 * WIDTH)["classifier"]["kernel"].shape == (16 * WIDTH, 1)
+
+
+def test_a_model_shown_the_text_alone_judges_two_pictures_too():
+    task, given = PairMatching(), output(image=False)
+    found = task.predict(head(4 * WIDTH, 1), given, {"label": jnp.zeros(BATCH, jnp.int32)})
+    assert found["score"].shape == (BATCH,)
+    assert len(np.unique(found["score"])) == BATCH

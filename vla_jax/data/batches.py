@@ -70,7 +70,6 @@ class Batches(Iterator[dict[str, jax.Array]]):
                 batch = next(self._iterator)
             except StopIteration:
                 return
-            arrays = {
-                name: jax.make_array_from_process_local_data(self._sharding, rows) for name, rows in batch.items()
-            }
+            # A batch may be more than a dict: one of a mixture says which task it is of.
+            arrays = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self._sharding, rows), batch)
             self._ahead.append((arrays, self._iterator.state()))

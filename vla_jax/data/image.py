@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vla_jax.data.boxes import View
 from vla_jax.errors import UserError, unknown
 
 AUGMENTATIONS = ("none", "crop", "flip_crop")
@@ -66,6 +67,7 @@ class Preprocess:
                 f"size={dict(processor.size)}, crop_size={dict(processor.crop_size or {})}"
             )
         self.size = int(cropped[0])
+        self._resized = resized
         # With another resize target than the crop, a picture of the crop's size is still resized: no short way.
         self._resize_is_identity = resized[0] == self.size and resized[1] in (None, self.size)
         # The processor's own order of operations and dtypes, so that both ways agree bit for bit.
@@ -92,19 +94,40 @@ class Preprocess:
             UnreadablePicture: if the picture cannot be decoded.
             UserError: if ``picture`` is none of the above.
         """
+        return self.with_view(picture, generator)[0]
+
+    def with_view(
+        self, picture: bytes | Image.Image | np.ndarray, generator: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, View]:
+        """The same, and which part of the picture it is, by which boxes follow."""
         augmented = generator is not None and self._augment != "none"
         ready = isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and self._fits(picture.shape)
         if ready and not augmented:
-            return self._normalise(picture)
+            return self._normalise(picture), self._view(self.size, self.size)
         image = _decoded(picture)
         if image.mode != "RGB" or "transparency" in image.info:
             image = Image.fromarray(np.asarray(self._processor.convert_to_rgb(image)))
         if augmented:
-            return self._normalise(self._augmented(image, generator))
+            pixels, view = self._augmented(image, generator)
+            return self._normalise(pixels), view
+        view = self._view(*image.size)
         if self._fits((image.height, image.width, 3)):
-            return self._normalise(np.asarray(image))
+            return self._normalise(np.asarray(image)), view
         pixels = self._processor(image, return_tensors="np")["pixel_values"][0]  # [3, size, size]
-        return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32)
+        return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32), view
+
+    def _view(self, width: int, height: int) -> View:
+        """What the processor's resize and centre crop show of a picture, by its own rounding."""
+        edge, fixed_width = self._resized
+        if fixed_width is None:
+            short, long = min(width, height), int(edge * max(width, height) / min(width, height))
+            resized = (edge, long) if width == short else (long, edge)
+        else:
+            resized = (fixed_width, edge)
+        scale = (width / resized[0], height / resized[1])
+        start = [(length - self.size) // 2 for length in resized]
+        corners = ((start[axis] + far) * scale[axis] for far in (0, self.size) for axis in (0, 1))
+        return View.of_crop((width, height), tuple(corners))
 
     def _fits(self, shape: tuple[int, ...]) -> bool:
         return self._resize_is_identity and shape == (self.size, self.size, 3)
@@ -115,7 +138,7 @@ class Preprocess:
         normalised /= self._std
         return normalised.reshape(pixels.shape)
 
-    def _augmented(self, image: Image.Image, generator: np.random.Generator) -> np.ndarray:
+    def _augmented(self, image: Image.Image, generator: np.random.Generator) -> tuple[np.ndarray, View]:
         width, height = image.size
         area = width * height * generator.uniform(self._min_area, 1.0)
         ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -125,9 +148,10 @@ class Preprocess:
         top = generator.uniform(0, height - crop_height)
         box = (left, top, left + crop_width, top + crop_height)
         pixels = np.asarray(image.resize((self.size, self.size), Image.Resampling(self._processor.resample), box=box))
-        if self._augment == "flip_crop" and generator.random() < 0.5:
+        mirrored = self._augment == "flip_crop" and generator.random() < 0.5
+        if mirrored:
             pixels = pixels[:, ::-1]
-        return pixels
+        return pixels, View.of_crop(image.size, box, mirrored=mirrored)
 
 
 def _decoded(picture: bytes | Image.Image | np.ndarray) -> Image.Image:

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from vla_jax.data.boxes import View
 from vla_jax.data.stages import FillBatch, FullBatches, Gap, Guarded, Numbered, Row, Source, Transform
 from vla_jax.errors import UserError, unknown
 
@@ -36,55 +37,71 @@ _log = logging.getLogger(__name__)
 _ENOUGH_TO_JUDGE = 1000
 
 
+Part = Callable[[Mapping[str, Any], Sequence[View], np.random.Generator | None], Row]
+"""What a task adds to a row: of the raw example, the views of its pictures and the generator (None in evaluation)."""
+
+
 @dataclass(frozen=True)
 class TransformExample:
-    """Maps a raw example to a row of the batch: picture, text, label and route.
+    """Maps a raw example to a row of the batch: picture, text, label and route, and what a task asks for besides.
 
     Attributes:
         preprocess: the picture's transformation, :class:`vla_jax.data.image.Preprocess`.
         tokenize: the text's transformation, :class:`vla_jax.data.text.Tokenize`.
-        image_key: the field that holds the picture.
+        image_key: the field that holds the picture; a tuple of fields for several pictures, which are then stacked.
         text_key: the field that holds the text, or a list of texts of which training draws one and evaluation takes
-            the first.
+            the first; None makes rows without a text.
         label_key: the integer field that is the label; None gives every row the label -1.
         route_key: the integer field that is the route; None gives every row ``route``.
         route: the adapter (task) of all examples where no field says it; -1 is the bare backbone.
+        parts: further fields of the row, such as :class:`vla_jax.data.boxes.TargetBox`; a part's fields replace those
+            of the same name.
     """
 
     preprocess: Callable[[Any, np.random.Generator | None], np.ndarray]
     tokenize: Callable[[str], tuple[np.ndarray, np.ndarray]]
-    image_key: str = "image"
-    text_key: str = "text"
+    image_key: str | tuple[str, ...] = "image"
+    text_key: str | None = "text"
     label_key: str | None = None
     route_key: str | None = None
     route: int = 0
+    parts: tuple[Part, ...] = ()
 
     def __call__(self, example: Mapping[str, Any], generator: np.random.Generator | None = None) -> Row:
         """Makes the row: ``image``, ``tokens``, ``text_mask``, ``label`` and ``route`` of the batch contract.
 
         Args:
             example: the raw example.
-            generator: draws augmentation and caption in training; None in evaluation.
+            generator: draws caption and augmentation in training; None in evaluation.
 
         Raises:
             UnreadablePicture: if the picture cannot be decoded.
             UserError: if a field is missing.
         """
+        row: Row = {}
+        if self.text_key is not None:
+            row["tokens"], row["text_mask"] = self.tokenize(self._text(example, generator))
+        label = -1 if self.label_key is None else _field(example, self.label_key)
+        route = self.route if self.route_key is None else _field(example, self.route_key)
+        row |= {"label": np.asarray(label, np.int32), "route": np.asarray(route, np.int32)}
+        # Only a real Preprocess knows views, and only parts ask for them.
+        if isinstance(self.image_key, str) and not self.parts:
+            return row | {"image": self.preprocess(_field(example, self.image_key), generator)}
+        keys = (self.image_key,) if isinstance(self.image_key, str) else self.image_key
+        pictures = [self.preprocess.with_view(_field(example, key), generator) for key in keys]
+        pixels, views = [each for each, _ in pictures], [view for _, view in pictures]
+        row["image"] = pixels[0] if isinstance(self.image_key, str) else np.stack(pixels)
+        for part in self.parts:
+            row |= part(example, views, generator)
+        return row
+
+    def _text(self, example: Mapping[str, Any], generator: np.random.Generator | None) -> str:
         text = _field(example, self.text_key)
         if not isinstance(text, str | bytes):
             if len(text) == 0:
                 raise UserError(f"an example's field {self.text_key!r} is an empty list; it needs at least one text")
             text = text[0 if generator is None else int(generator.integers(len(text)))]
-        tokens, text_mask = self.tokenize(text.decode() if isinstance(text, bytes) else str(text))
-        label = -1 if self.label_key is None else _field(example, self.label_key)
-        route = self.route if self.route_key is None else _field(example, self.route_key)
-        return {
-            "image": self.preprocess(_field(example, self.image_key), generator),
-            "tokens": tokens,
-            "text_mask": text_mask,
-            "label": np.asarray(label, np.int32),
-            "route": np.asarray(route, np.int32),
-        }
+        return text.decode() if isinstance(text, bytes) else str(text)
 
 
 @dataclass(frozen=True)
@@ -164,6 +181,10 @@ class Pipeline:
     def _enough_to_judge(self) -> int:
         return min(_ENOUGH_TO_JUDGE, math.ceil(len(self.source) / self.process_count))
 
+    def _ordered(self, examples: grain.MapDataset) -> grain.MapDataset:
+        """The endless order in which training takes examples."""
+        return examples.shuffle().repeat()
+
     def _dataset(self) -> grain.IterDataset:
         size = self.local_batch_size
         share = slice(self.process_index, None, self.process_count)
@@ -171,7 +192,7 @@ class Pipeline:
         # Randomness is drawn before the processes take their shares, so that it does not depend on their number.
         if self.training:
             examples = grain.MapDataset.source(Numbered(self.source, len(self.source))).seed(self.seed)
-            rows = examples.shuffle().repeat().random_map(Guarded(self.transform))[share]
+            rows = self._ordered(examples).random_map(Guarded(self.transform))[share]
             reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size)
             dataset = FullBatches(rows.to_iter_dataset(reading), size, self._enough_to_judge)
         else:

@@ -1,0 +1,301 @@
+"""Trains one method on one task: your own file of pictures and texts, or a data set by name.
+
+    python launch.py --experiment=adapt --config.method=lora --config.data.path=my.jsonl
+    python launch.py --experiment=adapt --config.data.path=my.csv --config.data.columns.caption=title
+    python launch.py --experiment=adapt --config.method=fusion --config.task=vqa --config.data.name=easy_vqa
+    python launch.py --experiment=adapt --config.preset=smoke --dry_run
+
+The task (``classification``, ``matching``, ``retrieval``, ``vqa``, ``grounding``) follows from the columns where it is
+clear, else ``--config.task`` says it. The file is checked before anything is compiled; ``vla-data check FILE`` lists
+everything that is wrong with it, and decodes every picture.
+
+In the work directory: ``results.{md,csv,jsonl}`` with the task's measures on validation and test data and their 95 %
+intervals, ``predictions_{validation,test}.jsonl`` with a line for each example, ``labels.json`` with what the head
+chooses from, and below ``runs`` the adapters, logs and checkpoints. The same command goes on with what is unfinished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import rich
+import rich.markup
+import rich.table
+
+from vla_jax.adapters import Plan
+from vla_jax.backbones.convert import abstract_params
+from vla_jax.backbones.loading import Backbone, load_backbone, load_config
+from vla_jax.backbones.transformer import Compute
+from vla_jax.catalogue import entry, fits
+from vla_jax.comparison import Comparison
+from vla_jax.data.stages import Source, Transform
+from vla_jax.data_sets import Data, Found, Generated, find, splits_of
+from vla_jax.errors import UserError, unknown
+from vla_jax.model import AdaptedModel
+from vla_jax.reporting.predictions import measured, pictures_of, write_predictions
+from vla_jax.reporting.table import Column, Table, write_atomically
+from vla_jax.task_kinds import MEASURES, Setup, annotation, data_of_kind, task_of_kind
+from vla_jax.training.optimizer import OptimizerConfig
+from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
+from vla_jax.training.table import ResolvedTable
+from vla_jax.variants import Budget, Outcome, Probe, TaskData, Variant
+
+RATES = {"head": 6e-3, "adapters": 2e-3, "light": 6e-3, "full": 3e-4}
+"""The learning rate where none is given, by the method's pace."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole experiment.
+
+    Attributes:
+        preset: the name of the preset it came from.
+        backbone: hub name, folder, or ``tiny``.
+        storage: dtype in which the frozen backbone is kept; what is trained is float32 always.
+        method: a method of :mod:`vla_jax.catalogue`.
+        task: which task; from the data if empty.
+        learning_rate: the peak learning rate; one that suits the method if None. The head beside adapters has
+            ``budget.head_rate``, or the same where that is None.
+        data: which data.
+        setup: how the task is put to the backbone.
+        budget: steps, batch, seeds and optimiser.
+        kept_gib: how much memory may hold what the frozen blocks below the first adapter make of the data, so that it
+            is computed once; 0 computes it in every step.
+        compute: how the backbone is run.
+        mesh: the devices.
+    """
+
+    preset: Literal["default", "smoke"] = "default"
+    backbone: str = "tiny"
+    storage: Literal["float32", "bfloat16", "float16"] = "float32"
+    method: str = "lora"
+    task: str = ""
+    learning_rate: float | None = None
+    data: Data = dataclasses.field(default_factory=Data)
+    setup: Setup = dataclasses.field(default_factory=Setup)
+    budget: Budget = dataclasses.field(
+        default_factory=lambda: Budget(
+            steps=500,
+            batch_size=64,
+            head_rate=1e-2,
+            optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
+            checkpoint_every=100,
+        )
+    )
+    kept_gib: float = 2.0
+    compute: Compute = dataclasses.field(default_factory=Compute)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        entry(self.method)
+        if self.task and self.task not in MEASURES:
+            raise unknown("task", self.task, MEASURES)
+        if self.learning_rate is not None and not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise UserError(f"the learning rate must be above 0, got {self.learning_rate}")
+        if self.kept_gib < 0:
+            raise UserError(f"kept_gib cannot be negative, got {self.kept_gib}")
+
+
+PRESETS = {
+    "default": Config(),
+    "smoke": Config(
+        preset="smoke",
+        data=Data(generated=Generated(train=256, validation=64, test=64)),
+        budget=Budget(steps=10, batch_size=32, head_rate=1e-2, checkpoint_every=5, log_every=5),
+    ),
+}
+
+
+class _Adaptation(Comparison):
+    """Keeps what frozen blocks compute only where it fits, serves more than one pass, and is the same in every pass."""
+
+    kept_bytes: float = 0.0
+    steady: bool = True
+
+    def sources(self, model: AdaptedModel, table: ResolvedTable) -> tuple[Any, Transform]:
+        train = self.data.splits["train"]
+        seen_again = self.budget.steps * self.budget.batch_size > len(train)
+        if self.steady and seen_again and self._size(model) <= self.kept_bytes:
+            return super().sources(model, table)
+        return self.data.splits, self.data.transform
+
+    def _size(self, model: AdaptedModel) -> float:
+        """Bytes of the streams of all examples, by the shapes of one."""
+        row = self.data.transform(self.data.splits["train"][0], None)
+        batch = {name: jax.ShapeDtypeStruct((1, *array.shape), array.dtype) for name, array in row.items()}
+        streams = jax.eval_shape(lambda params: model.prefix(params, _zeros(batch)), {"backbone": self.backbone.params})
+        one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(streams))
+        return one * sum(map(len, self.data.splits.values()))
+
+
+def _zeros(batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in batch.items()}
+
+
+def variant(config: Config, backbone: Backbone) -> Variant:
+    """The method as it is trained.
+
+    Raises:
+        UserError: if it does not fit the backbone.
+    """
+    known = entry(config.method)
+    if problem := fits(config.method, backbone.config):
+        raise UserError(f"{config.method} does not fit {backbone.name}: {problem}; choose another method")
+    depth = min(backbone.config.vision.depth, backbone.config.text.depth)
+    return Variant(
+        config.method,
+        known.title,
+        known.rules,
+        known.placements(backbone.config),
+        robust_drop=depth - 1 if known.robust_drop else 0,
+        group=known.family,
+        learning_rates=(config.learning_rate or RATES[known.pace],),
+    )
+
+
+def check(config: Config) -> Any:
+    """Refuses what cannot be run, before anything is compiled; returns the table for ``--dry_run``."""
+    shape = load_config(config.backbone)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.budget.batch_size, mesh)
+    found = find(config.data, config.task, config.setup)
+    needs_tokenizer = found.kind == "classification" and config.setup.classifier == "names"
+    tokenizer = load_backbone(config.backbone).tokenizer if needs_tokenizer else None
+    shapes = Backbone(config.backbone, shape, abstract_params(shape), "", tokenizer)
+    chosen = variant(config, shapes)
+    data = TaskData(task_of_kind(found.kind, found.labels, config.setup, shapes), {}, None)
+    comparison = Comparison(shapes, data, config.budget, config.compute, mesh, Path())
+    model, table = comparison.model(chosen), comparison.table(chosen)
+    _check_pairs(found, model.plan, config.method)
+    if model.plan.inserts_tokens:  # they need room in the context beside the texts
+        jax.eval_shape(functools.partial(_features, model, config.setup.length(shapes)), model.shapes())
+    report = rich.table.Table(title=f"adapt, {config.preset}: {config.backbone}", show_header=False)
+    sites = "; ".join(f"{p.method.kind} in {', '.join(p.slots)}, {p.layers} layers" for p in chosen.placements)
+    for name, value in {
+        "task": found.kind,
+        "data": found.origin,
+        "chooses from": ", ".join(found.labels.names[:8]) + (", ..." if len(found.labels.names) > 8 else ""),
+        "method": f"{chosen.title}: {sites or f'rules {chosen.rules}'}",
+        "learning rate": f"{chosen.learning_rates[0]:g}",
+        "steps": f"{config.budget.steps:,} of {config.budget.batch_size} examples",
+        "trained": f"{table.trained:,} parameters, {table.share_of_backbone:.2f} % of the backbone",
+    }.items():
+        if value:
+            report.add_row(name, rich.markup.escape(value))
+    return report
+
+
+def _check_pairs(found: Found, plan: Plan, method: str) -> None:
+    if found.kind == "retrieval" and plan.needs_pairs:
+        raise UserError(
+            f"{method} makes a picture's features depend on the text beside it, and retrieval compares them with those "
+            "of every other text; choose another method or task"
+        )
+
+
+def _features(model: AdaptedModel, length: int, params: Any) -> tuple[jax.Array, ...]:
+    size = model.backbone.config.image_size
+    batch = {
+        "image": jnp.zeros((1, size, size, 3)),
+        "tokens": jnp.zeros((1, length), jnp.int32),
+        "text_mask": jnp.ones((1, length), bool),
+    }
+    output = model.apply(params, batch)
+    return output.image_features, output.text_features
+
+
+def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
+    """Trains, evaluates and writes; returns the rows of the table, one a split."""
+    found = find(config.data, config.task, config.setup)
+    _same_data(workdir / "data.json", found, config.setup)
+    backbone = load_backbone(config.backbone, dtype=config.storage)
+    data = data_of_kind(found.kind, found.labels, config.setup, backbone, splits_of(config.data, found, backbone))
+    # Validation data are looked at as test data are: with every prediction, not the mean alone.
+    data = dataclasses.replace(data, probes={"validation": Probe(data.splits["validation"])})
+    comparison = _Adaptation(backbone, data, config.budget, config.compute, make_mesh(config.mesh), workdir / "runs")
+    comparison.kept_bytes = config.kept_gib * 2**30
+    drawn = "captions" in annotation(data.splits["train"], 0)  # one of them, anew in every pass
+    comparison.steady = config.setup.augment == "none" and not drawn
+    chosen = variant(config, backbone)
+    _check_pairs(found, comparison.model(chosen).plan, config.method)
+    outcome = comparison.run(chosen)
+    if found.labels.names:
+        write_atomically(workdir / "labels.json", json.dumps(found.labels.names, ensure_ascii=False, indent=0))
+    rows = [_row(config, found, data.splits[split], outcome, split) for split in ("validation", "test")]
+    for split in ("validation", "test"):
+        path = workdir / f"predictions_{split}.jsonl"
+        write_predictions(path, data.splits[split], outcome.predictions[split], found.labels, config.budget.seeds)
+    title = f"{outcome.variant.title} on {config.backbone}, {found.kind}"
+    told = _told(found, rows[0])
+    Table([*told, *_COSTS], rows, title=title).write(workdir, "results")
+    _print(Table(told, rows, title=title).terminal())
+    costs = (f"{column.title} {column.show(rows[0][column.name])[0]} {column.unit}".strip() for column in _COSTS)
+    _print(", ".join(costs))
+    rate = f"learning_rate_{outcome.learning_rate:g}"
+    for seed in config.budget.seeds:
+        _print(f"adapters: {workdir / 'runs' / chosen.name / rate / f'seed_{seed}' / 'adapters'}")
+    _print(f"table and predictions: {workdir}")
+    return rows
+
+
+def _print(what: Any) -> None:
+    # A path is to be copied: it must not be broken, nor its brackets be read as markup.
+    rich.get_console().print(what, soft_wrap=isinstance(what, str), markup=False, highlight=False)
+
+
+def _row(config: Config, found: Found, source: Source, outcome: Outcome, split: str) -> dict[str, Any]:
+    told = dict(outcome.predictions[split])
+    if len(found.labels.names) <= 5:
+        told.pop("top_5", None)  # it would be right whatever the model says
+    return {
+        "split": split,
+        "task": found.kind,
+        "method": outcome.variant.name,
+        "examples": told["index"].shape[1],
+        "trained": outcome.table.trained,
+        "share": outcome.table.trained / outcome.table.backbone,
+        "learning_rate": outcome.learning_rate,
+        "steps": config.budget.steps,
+        "seeds": len(config.budget.seeds),
+        "step_seconds": outcome.seconds_per_step,
+        "step_bytes": outcome.step_bytes,
+        "adapter_bytes": outcome.adapter_bytes,
+    } | measured(found.kind, told, pictures_of(source, told["index"][0]))
+
+
+_COSTS = (
+    Column.number("trained", "trained", format=",d"),
+    Column.percent("share", "of backbone", ".2f"),
+    Column.number("step_seconds", "step", "ms", ",.0f", 1e3),
+    Column.number("adapter_bytes", "saved", "KiB", ",.0f", 2**-10),
+)
+
+
+def _told(found: Found, row: dict[str, Any]) -> list[Column]:
+    """The columns of what was measured."""
+    measures = [measure for measure in MEASURES[found.kind] if measure.field in row]
+    counts = [Column.text("split", "split"), Column.number("examples", "examples", format=",d")]
+    return counts + [Column.accuracy(measure.field, measure.title, "range") for measure in measures]
+
+
+def _same_data(path: Path, found: Found, setup: Setup) -> None:
+    """Refuses a work directory whose runs saw other data, or the same in another way."""
+    mine = {"data": found.fingerprint, "task": found.kind, "origin": found.origin, "setup": dataclasses.asdict(setup)}
+    mine = json.loads(json.dumps(mine))
+    if not path.is_file():
+        write_atomically(path, json.dumps(mine, indent=1))
+        return
+    stored = json.loads(path.read_text())
+    if changed := [name for name in ("data", "task", "setup") if stored.get(name) != mine[name]]:
+        shown = "; ".join(f"{name} was {stored.get(name)} and is now {mine[name]}" for name in changed)
+        raise UserError(
+            f"{path.parent} belongs to another run, on {stored.get('origin')}: {shown}. Choose another --workdir, the "
+            "old data and settings, or delete that folder"
+        )

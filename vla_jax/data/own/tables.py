@@ -1,0 +1,250 @@
+"""Files of rows, read in order with their line numbers and at random by their place: JSON lines, CSV and Parquet.
+
+In order, a file is never held in memory. At random, JSON lines and CSV are read row by row from the file; of a Parquet
+file the needed columns are held, since its rows do not lie one after the other.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from vla_jax.errors import UserError
+
+_BOM = b"\xef\xbb\xbf"
+_LOOKED_AT = 1000  # rows whose keys are the columns of JSON lines
+_PARQUET_ROWS = 1024  # read at a time
+_reading = threading.Lock()
+
+
+class Record(NamedTuple):
+    """A row as it stands in the file.
+
+    Attributes:
+        line: its line, or row of a Parquet file, from 1.
+        start: its place, in bytes or rows.
+        length: how many of them it takes.
+        values: by column; None where it cannot be read.
+        problem: why not.
+    """
+
+    line: int
+    start: int
+    length: int
+    values: dict[str, Any] | None
+    problem: str = ""
+
+
+class Table(Protocol):
+    """A file of rows.
+
+    Attributes:
+        path: the file.
+        unit: what rows are counted in, ``line`` or ``row``.
+        columns: the columns there are.
+        size: of the file, in what places are measured in.
+    """
+
+    path: Path
+    unit: str
+    columns: Sequence[str]
+    size: int
+
+    def records(self) -> Iterator[Record]:
+        """All rows in order; blank lines are left out."""
+        ...
+
+    def read(self, start: int, length: int) -> dict[str, Any]:
+        """The row at a place that :meth:`records` gave; from any thread or process."""
+        ...
+
+
+def open_table(path: str | Path) -> Table:
+    """A file of rows by the ending of its name.
+
+    Raises:
+        UserError: if there is no such file, it is empty, or its kind is unknown.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no data file {path}")
+    if path.stat().st_size == 0:
+        raise UserError(f"the data file {path} is empty")
+    kinds = {
+        ".jsonl": JsonLines,
+        ".ndjson": JsonLines,
+        ".json": JsonLines,
+        ".csv": Csv,
+        ".tsv": Csv,
+        ".parquet": Parquet,
+        ".pq": Parquet,
+    }
+    if path.suffix.lower() not in kinds:
+        raise UserError(
+            f"the kind of the data file {path} is told from the end of its name, and {path.suffix or 'nothing'!r} is "
+            f"unknown; allowed: {', '.join(kinds)}"
+        )
+    return kinds[path.suffix.lower()](path)
+
+
+class _Bytes:
+    """A file read at any place; threads share it, and every process opens its own."""
+
+    unit = "line"
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = path.stat().st_size
+        self._file = path.open("rb")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _file=state["path"].open("rb"))
+
+    def _read(self, start: int, length: int) -> bytes:
+        # Threads share the file; a read that says where leaves the file's own position out of it.
+        return os.pread(self._file.fileno(), length, start)
+
+
+class JsonLines(_Bytes):
+    """One JSON object a line, in UTF-8."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        with path.open("rb") as file:
+            if file.read(64).removeprefix(_BOM).lstrip().startswith(b"["):
+                raise UserError(f"{path} is one JSON array; write one object a line instead (JSON lines)")
+        first = (record.values for record in itertools.islice(self.records(), _LOOKED_AT))
+        self.columns = list(dict.fromkeys(name for values in first if values for name in values))
+
+    def records(self) -> Iterator[Record]:
+        start = 0
+        with self.path.open("rb") as file:
+            for line, raw in enumerate(file, start=1):
+                if raw.strip() not in (b"", _BOM):
+                    values, problem = _parsed(raw.removeprefix(_BOM) if line == 1 else raw)
+                    yield Record(line, start, len(raw), values, problem)
+                start += len(raw)
+
+    def read(self, start: int, length: int) -> dict[str, Any]:
+        return json.loads(self._read(start, length).removeprefix(_BOM))
+
+
+def _parsed(raw: bytes) -> tuple[dict[str, Any] | None, str]:
+    try:
+        values = json.loads(raw.decode())
+    except UnicodeDecodeError:
+        return None, "is not UTF-8"
+    except (ValueError, RecursionError) as error:
+        return None, f"is not JSON: {error}"
+    if not isinstance(values, dict):
+        return None, f"is not a JSON object but {type(values).__name__}"
+    return values, ""
+
+
+class Csv(_Bytes):
+    """Comma- or tab-separated values in UTF-8 with a header; an empty cell is no value, and a cell may hold a list."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        header = next(self._rows(), None)
+        self.columns = [name.strip() for name in header[3]] if header else []
+        if len(set(self.columns)) < len(self.columns):
+            raise UserError(f"the header of {path} names a column twice: {', '.join(self.columns)}")
+        if len(self.columns) == 1 and ";" in self.columns[0]:
+            raise UserError(f"the columns of {path} are separated by semicolons; save it with commas, or as .tsv")
+
+    def records(self) -> Iterator[Record]:
+        for line, start, length, cells, problem in itertools.islice(self._rows(), 1, None):
+            if problem or any(cells):
+                if not problem and len(cells) != len(self.columns):
+                    problem = f"has {len(cells)} cells, and the header {len(self.columns)}"
+                yield Record(line, start, length, None if problem else self._named(cells), problem)
+
+    def read(self, start: int, length: int) -> dict[str, Any]:
+        text = self._read(start, length).removeprefix(_BOM).decode()
+        return self._named(next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter)))
+
+    def _named(self, cells: list[str]) -> dict[str, Any]:
+        return {name: cell for name, cell in zip(self.columns, cells, strict=True) if cell.strip()}
+
+    def _rows(self) -> Iterator[tuple[int, int, int, list[str], str]]:
+        """Line, place and cells of every row, the header first; a row may take several lines."""
+        position, broken = 0, False
+
+        def lines() -> Iterator[str]:
+            nonlocal position, broken
+            for raw in file:
+                position += len(raw)
+                try:
+                    yield raw.removeprefix(_BOM if position == len(raw) else b"").decode()
+                except UnicodeDecodeError:
+                    broken = True
+                    yield raw.decode(errors="replace")
+
+        with self.path.open("rb") as file:
+            reader = csv.reader(lines(), delimiter=self._delimiter, strict=True)
+            while True:
+                line, start, broken = reader.line_num + 1, position, False
+                try:
+                    cells, problem = next(reader), ""
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    cells, problem = [], f"is not CSV: {error}; is a quotation mark left open?"
+                yield line, start, position - start, cells, "is not UTF-8" if broken else problem
+
+
+class Parquet:
+    """A Parquet file; rows are counted from 1."""
+
+    unit = "row"
+
+    def __init__(self, path: Path):
+        import pyarrow
+        import pyarrow.parquet
+
+        self.path = path
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read as Parquet: {error}") from None
+        self.columns = list(file.schema_arrow.names)
+        self.size = file.metadata.num_rows
+        self._kept: list[str] | None = None
+        self._table = None
+
+    def keep(self, columns: Sequence[str]) -> None:
+        """Reads no other columns from here on."""
+        self._kept = list(columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_table": None}
+
+    def records(self) -> Iterator[Record]:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(self.path) as file:
+            rows = itertools.chain.from_iterable(
+                batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS, columns=self._kept)
+            )
+            for index, values in enumerate(rows):
+                yield Record(index + 1, index, 1, values)
+
+    def read(self, start: int, length: int) -> dict[str, Any]:
+        import pyarrow.parquet
+
+        with _reading:  # of the threads that need it first, one reads it
+            if self._table is None:
+                self._table = pyarrow.parquet.read_table(self.path, columns=self._kept)
+        return self._table.slice(start, length).to_pylist()[0]

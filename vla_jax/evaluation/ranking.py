@@ -1,0 +1,180 @@
+"""The best candidates of each query: exact by blocks, by an approximate index, and re-ranked by a costlier scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from vla_jax.errors import UserError
+from vla_jax.evaluation.exact_ranks import BLOCK, checked, product
+
+
+def exact_top(
+    queries: np.ndarray, candidates: np.ndarray, k: int, *, block: tuple[int, int] = BLOCK
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best candidates of each query, by blocks.
+
+    Args:
+        queries: float32 ``[queries, width]``.
+        candidates: float32 ``[candidates, width]``.
+        k: how many, from 1 to all.
+        block: queries and candidates of which the products are held at once.
+
+    Returns:
+        Their places int64 ``[queries, k]``, the best first; and their scores float32 ``[queries, k]``. Which of equally
+        good candidates is the last one is not defined.
+
+    Raises:
+        UserError: for shapes that do not fit, a k out of range, or a feature that is not finite.
+    """
+    queries, candidates = _checked_pair(queries, candidates, k)
+    rows, columns = block
+    places = np.empty((len(queries), k), np.int64)
+    scores = np.empty((len(queries), k), np.float32)
+    for start in range(0, len(queries), rows):
+        some = queries[start : start + rows]
+        best_scores = np.empty((len(some), 0), np.float32)
+        best_places = np.empty((len(some), 0), np.int64)
+        for first in range(0, len(candidates), columns):
+            found = np.asarray(product(some, candidates[first : first + columns]))
+            keep = min(k, found.shape[1])
+            chosen = np.argpartition(-found, keep - 1, axis=1)[:, :keep]
+            best_scores = np.concatenate([best_scores, np.take_along_axis(found, chosen, axis=1)], axis=1)
+            best_places = np.concatenate([best_places, chosen + first], axis=1)
+            order = np.lexsort((best_places, -best_scores), axis=1)[:, :k]
+            best_scores = np.take_along_axis(best_scores, order, axis=1)
+            best_places = np.take_along_axis(best_places, order, axis=1)
+        places[start : start + rows], scores[start : start + rows] = best_places, best_scores
+    return places, scores
+
+
+def approximate_top(
+    queries: np.ndarray, candidates: np.ndarray, k: int, *, index: str = "HNSW32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best candidates of each query by an index of FAISS, some of which it may miss.
+
+    Args:
+        queries: float32 ``[queries, width]``.
+        candidates: float32 ``[candidates, width]``.
+        k: how many, from 1 to all.
+        index: the index, as FAISS's factory names it, for inner products: such as ``HNSW32`` or ``IVF256,Flat``.
+
+    Returns:
+        As :func:`exact_top`; -1 and minus infinity where fewer were found.
+
+    Raises:
+        UserError: without FAISS, for a name that its factory does not know, or as :func:`exact_top`.
+    """
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise UserError("an approximate index needs FAISS; pip install faiss-cpu, or use exact_top") from error
+    queries, candidates = _checked_pair(queries, candidates, k)
+    try:
+        made = faiss.index_factory(candidates.shape[1], index, faiss.METRIC_INNER_PRODUCT)
+        made.train(candidates)
+    except RuntimeError as error:
+        raise UserError(f"FAISS cannot make the index {index!r} of {len(candidates)} candidates: {error}") from error
+    made.add(candidates)
+    scores, places = made.search(queries, k)
+    return places.astype(np.int64), np.where(places >= 0, scores, -np.inf).astype(np.float32)
+
+
+def rerank(
+    before: np.ndarray,
+    top: np.ndarray,
+    right: np.ndarray,
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Puts each query's best candidates in the order of a better, costlier scorer, such as a fusion adapter's.
+
+    Candidates that are not among the best stay behind them; a tie stands before the right one.
+
+    Args:
+        before: int ``[queries]``, how many wrong candidates stand before the best right one at first; it holds for
+            queries whose right ones are not among the best.
+        top: int ``[queries, k]``, places of the best candidates, -1 for none.
+        right: bool ``[queries, k]``, which of these belong to the query.
+        score: ``(queries int [pairs], candidates int [pairs]) -> scores [pairs]``.
+
+    Returns:
+        int64 ``[queries]``, how many wrong candidates stand before the best right one afterwards.
+
+    Raises:
+        UserError: for shapes that do not fit, or scores that are NaN or not one a pair.
+    """
+    before, top, right = np.asarray(before), np.asarray(top), np.asarray(right, bool)
+    if before.shape != top.shape[:1] or right.shape != top.shape:
+        raise UserError(
+            f"re-ranking needs [queries], [queries, k] twice; given {before.shape}, {top.shape}, {right.shape}"
+        )
+    # Where nothing right is among the best, the order within them does not matter.
+    rows, ranks = np.nonzero((top >= 0) & right.any(1, keepdims=True))
+    found = np.asarray(score(rows, top[rows, ranks]), np.float64)
+    if found.shape != rows.shape or np.isnan(found).any():
+        raise UserError(
+            f"a pair scorer gives one number a pair, none of them NaN; it gave {found.shape} for {len(rows)}"
+        )
+    scores = np.full(top.shape, -np.inf)
+    scores[rows, ranks] = found
+    of_right = np.where(right, scores, -np.inf).max(1)
+    passed = ((scores >= of_right[:, None]) & ~right & (top >= 0)).sum(1)
+    return np.where(right.any(1), passed, before).astype(np.int64)
+
+
+def pair_scorer(
+    predict: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
+    picture: Callable[[int], np.ndarray],
+    tokens: np.ndarray,
+    text_mask: np.ndarray,
+    *,
+    text_queries: bool,
+    batch_size: int = 64,
+    route: int = 0,
+    field: str = "score",
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """The scorer that :func:`rerank` takes, of a model that judges pairs.
+
+    Args:
+        predict: compiled ``batch -> results`` of a model with a judge's head, as
+            :meth:`vla_jax.model.AdaptedModel.predict` gives them.
+        picture: gives an image's pixels, float32 ``[size, size, 3]``.
+        tokens: of all texts.
+        text_mask: of all texts.
+        text_queries: whether queries are texts and candidates images; or the other way round.
+        batch_size: pairs at a time.
+        route: of all pairs.
+        field: which result is the score.
+    """
+
+    def score(queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        images, texts = (candidates, queries) if text_queries else (queries, candidates)
+        found = np.empty(len(queries), np.float64)
+        for start in range(0, len(queries), batch_size):
+            count = min(batch_size, len(queries) - start)
+            # The last batch is filled up, so that one program serves all.
+            places = np.minimum(np.arange(start, start + batch_size), len(queries) - 1)
+            distinct, of_row = np.unique(images[places], return_inverse=True)
+            pixels = np.stack([picture(int(place)) for place in distinct])  # each decoded once
+            batch = {
+                "image": pixels[of_row],
+                "tokens": tokens[texts[places]],
+                "text_mask": text_mask[texts[places]],
+                "label": np.zeros(batch_size, np.int32),
+                "route": np.full(batch_size, route, np.int32),
+            }
+            found[start : start + count] = np.asarray(predict(batch)[field])[:count]
+        return found
+
+    return score
+
+
+def _checked_pair(queries: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    queries, candidates = checked("queries", queries), checked("candidates", candidates)
+    if queries.shape[1] != candidates.shape[1]:
+        raise UserError(f"queries have features of width {queries.shape[1]} and candidates of {candidates.shape[1]}")
+    if not 1 <= k <= len(candidates):
+        raise UserError(f"the {k} best of {len(candidates)} candidates; k must lie between 1 and {len(candidates)}")
+    return queries, candidates
