@@ -265,7 +265,7 @@ def test_errors_of_the_algebra_are_one_clear_line(run, checkpoint, tmp_path):
 
 def test_the_script_is_installed_and_helps_at_once():
     settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert settings["project"]["scripts"] == {"vla-adapter": "vla_jax.command:main"}
+    assert settings["project"]["scripts"]["vla-adapter"] == "vla_jax.command:main"
     program = (
         "import sys; from vla_jax.command import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules)"
     )
