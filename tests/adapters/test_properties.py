@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
-from settings import ALL, BATCH, WITHOUT_GRADIENT, backbone, drawn, inputs, model, shape_for
+from settings import ALL, BATCH, PLACED, WITHOUT_GRADIENT, backbone, drawn, inputs, model, shape_for
 
 from vla_jax import names
 from vla_jax.adapters import Placement, place
@@ -22,7 +22,9 @@ from vla_jax.slots import SINGLE_SLOTS, LinearWeights
 
 TASKS = ("a", "b", "c")
 
-pytestmark = [pytest.mark.parametrize("name", ALL), pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+every_setting = pytest.mark.parametrize("name", ALL)
+every_placed_setting = pytest.mark.parametrize("name", PLACED)
 
 
 @functools.cache
@@ -77,6 +79,7 @@ def _adapted(plan):
     return [n for n, tower in enumerate(("vision", "text")) if any(tower in group.towers for group in plan.groups)]
 
 
+@every_setting
 def test_new_adapter_changes_nothing(name):
     # Bit for bit where the program is cut as the plain one is; cut elsewhere, the compiler may round otherwise.
     plan = _plan(name)
@@ -99,6 +102,7 @@ def _random(arrays):
     return jax.tree.map(draw, arrays)
 
 
+@every_setting
 def test_new_module_returns_what_it_was_given(name):
     plan = _plan(name)
     for group in plan.groups:
@@ -115,12 +119,14 @@ def test_new_module_returns_what_it_was_given(name):
         assert all(jax.tree.leaves(same)) == group.method.starts_as_identity
 
 
+@every_setting
 def test_parameter_count_is_the_closed_formula(name):
     for tasks in ((), TASKS):
         plan = _plan(name, tasks=tasks)
         assert names.count(plan.shapes()) == plan.parameter_count()
 
 
+@every_setting
 def test_trained_adapter_changes_its_towers_alone(name):
     plan = _plan(name)
     plain, adapted = _outputs(name), _outputs(name, plan, _trained(name, plan))
@@ -131,12 +137,14 @@ def test_trained_adapter_changes_its_towers_alone(name):
             _close([plain[n]], [adapted[n]], 1e-6)
 
 
+@every_placed_setting
 def test_scan_equals_unroll(name):
     plan = _plan(name)
     adapters = _trained(name, plan)
     _close(_outputs(name, plan, adapters, unroll=4), _outputs(name, plan, adapters))
 
 
+@every_setting
 def test_routed_batch_equals_batches_of_one_task(name):
     plan, single = _plan(name, tasks=TASKS), _plan(name)
     adapters, plain = _trained(name, plan), _outputs(name)
@@ -149,6 +157,7 @@ def test_routed_batch_equals_batches_of_one_task(name):
         _close([a[:, rows] for a in mixed[2:]], [a[:, rows] for a in alone[2:]])
 
 
+@every_setting
 def test_route_minus_one_is_the_backbone(name):
     plain = _outputs(name)
     for tasks in ((), TASKS):
@@ -156,6 +165,7 @@ def test_route_minus_one_is_the_backbone(name):
         _close(_outputs(name, plan, _trained(name, plan), route=jnp.full((BATCH,), -1)), plain, 1e-6)
 
 
+@every_setting
 def test_route_beyond_the_last_task_is_not_a_number(name):
     plan = _plan(name, tasks=TASKS)
     outputs = _outputs(name, plan, _trained(name, plan), route=jnp.array([0, 1, 3, -1, 0, 1, 2, 1]))
@@ -164,6 +174,7 @@ def test_route_beyond_the_last_task_is_not_a_number(name):
         assert not np.isnan(np.delete(outputs[n], 2, axis=0)).any()
 
 
+@every_placed_setting
 def test_subset_of_layers_touches_only_those(name):
     plan = _plan(name, layers="-1", ranks=(), alphas=())
     embeds = {"embed", "tokens"} & set(plan.placements[0].slots)
@@ -177,6 +188,7 @@ def test_subset_of_layers_touches_only_those(name):
     assert {names.flatten(_new(name, plan))[path].shape[0] for path in own} == {1}
 
 
+@every_setting
 def test_gradients_reach_every_adapter_leaf_and_no_backbone_leaf(name):
     config, plan = shape_for(name), _plan(name)
     images, tokens, mask = inputs(config)
@@ -195,6 +207,7 @@ def test_gradients_reach_every_adapter_leaf_and_no_backbone_leaf(name):
         assert (by_place > 0).all() or re.fullmatch(WITHOUT_GRADIENT, path), (path, by_place)
 
 
+@every_placed_setting
 def test_sharded_equals_unsharded(name):
     config, plan = shape_for(name), _plan(name, tasks=TASKS)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -212,6 +225,7 @@ def test_sharded_equals_unsharded(name):
     _close(jax.jit(run)(*jax.device_put(arguments, shardings)), jax.jit(run)(*arguments))
 
 
+@every_setting
 def test_saved_and_restored_equals_itself(name, tmp_path):
     plan = _plan(name)
     adapters = _trained(name, plan)
@@ -224,11 +238,13 @@ def test_saved_and_restored_equals_itself(name, tmp_path):
     assert again == plan
 
 
+@every_setting
 def test_method_is_found_by_its_kind(name):
     method = ALL[name].method
     assert methods()[method.kind] is type(method)
 
 
+@every_setting
 def test_dropout_follows_its_key_and_spares_evaluation(name):
     plan = _plan(name)
     adapters = _trained(name, plan)
