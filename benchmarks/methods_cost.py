@@ -30,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from benchmarks.measuring import alone, in_turns, make_batch, peak_resident, prepare, timed  # noqa: E402
 from benchmarks.report import Record, Spread, fill_readme, machine, machine_line, markdown, read_records  # noqa: E402
 from benchmarks.training import Remat  # noqa: E402
-from vla_jax.catalogue import METHODS, entry, fits  # noqa: E402
+from vla_jax.catalogue import METHODS, entry, fits, variant  # noqa: E402
 from vla_jax.errors import UserError  # noqa: E402
 
 OUTPUT = Path(__file__).with_name("methods_cost.jsonl")
@@ -105,11 +105,9 @@ def measure_method(options: Options, folder: str, name: str) -> dict[str, Any]:
     from vla_jax.training.table import ParameterTable
 
     backbone = load_backbone(folder)
-    config, known = backbone.config, entry(name)
-    depth = min(config.vision.depth, config.text.depth)
-    compute = Compute(remat=options.remat)
-    placements = known.placements(config)
-    model = AdaptedModel(backbone, Retrieval(), placements, compute, robust_drop=depth - 1 if known.robust_drop else 0)
+    config, compute = backbone.config, Compute(remat=options.remat)
+    chosen = variant(name, config, (1e-4,))
+    model = AdaptedModel(backbone, Retrieval(), chosen.placements, compute, robust_drop=chosen.robust_drop)
     images, tokens = make_batch(options.batch, config.image_size, config.vocabulary_size)
     tokens = tokens[:, -TEXT:]  # the end of the text stays
     batch = {
@@ -118,10 +116,10 @@ def measure_method(options: Options, folder: str, name: str) -> dict[str, Any]:
         "text_mask": jnp.ones(tokens.shape, bool),
     }
     params = model.init(jax.random.key(0))
-    table = ParameterTable(preset(known.rules)).resolve(params)
+    table = ParameterTable(preset(chosen.rules)).resolve(params)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     trainable, frozen = table.split(params)
-    settings = OptimizerConfig(1e-4, "constant", groups=GROUPS.get(known.rules, ()))
+    settings = OptimizerConfig(1e-4, "constant", groups=GROUPS.get(chosen.rules, ()))
     optimizer = make_optimizer(settings, table, trainable, options.steps + 1)
     state = init_state(trainable, optimizer)
     del params, trainable

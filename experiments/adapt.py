@@ -17,7 +17,6 @@ chooses from, and below ``runs`` the adapters, logs and checkpoints. The same co
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path
@@ -29,9 +28,9 @@ import rich
 import rich.markup
 import rich.table
 
+from vla_jax import catalogue
 from vla_jax.adapters import Plan
-from vla_jax.backbones.convert import abstract_params
-from vla_jax.backbones.loading import Backbone, load_backbone, load_config
+from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
 from vla_jax.backbones.transformer import Compute
 from vla_jax.catalogue import entry, fits
 from vla_jax.comparison import Comparison
@@ -145,37 +144,27 @@ def variant(config: Config, backbone: Backbone) -> Variant:
     Raises:
         UserError: if it does not fit the backbone.
     """
-    known = entry(config.method)
     if problem := fits(config.method, backbone.config):
         raise UserError(f"{config.method} does not fit {backbone.name}: {problem}; choose another method")
-    depth = min(backbone.config.vision.depth, backbone.config.text.depth)
-    return Variant(
-        config.method,
-        known.title,
-        known.rules,
-        known.placements(backbone.config),
-        robust_drop=depth - 1 if known.robust_drop else 0,
-        group=known.family,
-        learning_rates=(config.learning_rate or RATES[known.pace],),
-    )
+    rate = config.learning_rate or RATES[entry(config.method).pace]
+    return catalogue.variant(config.method, backbone.config, (rate,))
 
 
 def check(config: Config) -> Any:
     """Refuses what cannot be run, before anything is compiled; returns the table for ``--dry_run``."""
-    shape = load_config(config.backbone)
+    shapes = abstract_backbone(config.backbone)
     mesh = make_mesh(config.mesh)
     check_batch(config.budget.batch_size, mesh)
     found = find(config.data, config.task, config.setup)
     needs_tokenizer = found.kind == "classification" and config.setup.classifier == "names"
-    tokenizer = load_backbone(config.backbone).tokenizer if needs_tokenizer else None
-    shapes = Backbone(config.backbone, shape, abstract_params(shape), "", tokenizer)
+    if needs_tokenizer:
+        shapes = dataclasses.replace(shapes, tokenizer=load_backbone(config.backbone).tokenizer)
     chosen = variant(config, shapes)
     data = TaskData(task_of_kind(found.kind, found.labels, config.setup, shapes), {}, None)
     comparison = Comparison(shapes, data, config.budget, config.compute, mesh, Path())
     model, table = comparison.model(chosen), comparison.table(chosen)
     _check_pairs(found, model.plan, config.method)
-    if model.plan.inserts_tokens:  # they need room in the context beside the texts
-        jax.eval_shape(functools.partial(_features, model, config.setup.length(shapes)), model.shapes())
+    model.check_room(config.setup.length(shapes))
     report = rich.table.Table(title=f"adapt, {config.preset}: {config.backbone}", show_header=False)
     sites = "; ".join(f"{p.method.kind} in {', '.join(p.slots)}, {p.layers} layers" for p in chosen.placements)
     for name, value in {
@@ -198,17 +187,6 @@ def _check_pairs(found: Found, plan: Plan, method: str) -> None:
             f"{method} makes a picture's features depend on the text beside it, and retrieval compares them with those "
             "of every other text; choose another method or task"
         )
-
-
-def _features(model: AdaptedModel, length: int, params: Any) -> tuple[jax.Array, ...]:
-    size = model.backbone.config.image_size
-    batch = {
-        "image": jnp.zeros((1, size, size, 3)),
-        "tokens": jnp.zeros((1, length), jnp.int32),
-        "text_mask": jnp.ones((1, length), bool),
-    }
-    output = model.apply(params, batch)
-    return output.image_features, output.text_features
 
 
 def run(config: Config, workdir: Path) -> list[dict[str, Any]]:

@@ -24,8 +24,7 @@ import rich
 import rich.table
 
 from vla_jax.adapters import Fusion, Placement
-from vla_jax.backbones.convert import abstract_params
-from vla_jax.backbones.loading import Backbone, load_backbone, load_config
+from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
 from vla_jax.backbones.transformer import Compute
 from vla_jax.comparison import Comparison
 from vla_jax.data.builders.scenes import ScenesConfig
@@ -184,14 +183,10 @@ def variant(config: Config, name: str) -> Variant:
 
 def check(config: Config) -> Any:
     """Refuses what cannot be run, before anything is compiled; returns the table for ``--dry_run``."""
-    shape = load_config(config.backbone)
+    shapes = abstract_backbone(config.backbone)
     mesh = make_mesh(config.mesh)
     check_batch(config.budget.batch_size, mesh)
-    if config.text_length > shape.context_length:
-        raise UserError(
-            f"text_length {config.text_length} is longer than the backbone's context of {shape.context_length} tokens"
-        )
-    shapes = Backbone(config.backbone, shape, abstract_params(shape), "", None)
+    shapes.config.check_text_length("text_length", config.text_length)
     report = rich.table.Table(title=f"compositionality, {config.preset}: {config.backbone}")
     for heading in ("model", "scored by", "negatives", "trained", "of the backbone"):
         report.add_column(heading, justify="right" if heading in ("trained", "of the backbone") else "left")
@@ -223,7 +218,8 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
             comparison = Comparison(backbone, data, config.budget, config.compute, mesh, folder)
             for name in chosen:
                 outcome = comparison.run(variant(config, name))
-                scores[name, negatives] = _scores(outcome)
+                found = outcome.predictions["quadruples"]["score"]
+                scores[name, negatives] = as_scores(found, outcome.variant.modalities)
                 rows[name, negatives] = _row(name, negatives, outcome, scores[name, negatives], probe)
                 _compare(rows, scores)
                 ordered = [rows[key] for key in _order(config) if key in rows]
@@ -251,18 +247,6 @@ def _data(
         Preprocess(backbone.image_processor), Tokenize(backbone.tokenizer, config.text_length), label_key="label"
     )
     return TaskData(task, splits, transform, {"quadruples": Probe(QuadruplePairs(quadruples))})
-
-
-def _scores(outcome: Outcome) -> np.ndarray:
-    """Scores of the quadruples, ``[seeds, quadruples, 2 captions, 2 images]``."""
-    scores = as_scores(outcome.predictions["quadruples"]["score"])
-    # What a model does not see must tie to the last bit; rounding that depends on a row's place in its batch would
-    # decide ties.
-    if outcome.variant.modalities == ("text",):
-        return np.broadcast_to(scores[..., :1], scores.shape)
-    if outcome.variant.modalities == ("image",):
-        return np.broadcast_to(scores[..., :1, :], scores.shape)
-    return scores
 
 
 def _row(name: str, negatives: str, outcome: Outcome, scores: np.ndarray, probe: SceneProbe) -> dict[str, Any]:

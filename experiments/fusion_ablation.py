@@ -26,8 +26,7 @@ import rich
 import rich.table
 
 from vla_jax.adapters import Fusion, LoRA, Placement
-from vla_jax.backbones.convert import abstract_params
-from vla_jax.backbones.loading import Backbone, load_backbone, load_config
+from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
 from vla_jax.backbones.transformer import Compute
 from vla_jax.comparison import Comparison
 from vla_jax.data.quadruple_pairs import as_scores
@@ -199,14 +198,10 @@ def _fused(config: Config, name: str, mix: str, layers: str) -> Variant:
 
 def check(config: Config) -> Any:
     """Refuses what cannot be run, before anything is compiled; returns the table for ``--dry_run``."""
-    shape = load_config(config.backbone)
+    shapes = abstract_backbone(config.backbone)
     mesh = make_mesh(config.mesh)
     check_batch(config.budget.batch_size, mesh)
-    if config.text_length > shape.context_length:
-        raise UserError(
-            f"text_length {config.text_length} is longer than the backbone's context of {shape.context_length} tokens"
-        )
-    shapes = Backbone(config.backbone, shape, abstract_params(shape), "", None)
+    shapes.config.check_text_length("text_length", config.text_length)
     report = rich.table.Table(title=f"fusion_ablation, {config.preset}: {config.backbone}")
     for heading in ("variant", "trained", "of the backbone", "adapters"):
         report.add_column(heading, justify="left" if heading in ("variant", "adapters") else "right")
@@ -282,7 +277,7 @@ def _results(name: str, data: TaskData, outcome: Outcome) -> dict[str, Any]:
     row |= {f"{name}_{kind}": accuracy(correct[:, chosen]) for kind, chosen in of_kinds(name, examples).items()}
     if "quadruples" in outcome.predictions:
         scored = outcome.predictions["quadruples"]
-        scores = winoground.evaluate(as_scores(scored["score"]))
+        scores = winoground.evaluate(as_scores(scored["score"], outcome.variant.modalities))
         row |= {f"quadruples_{part}": getattr(scores, part) for part in winoground.CHANCE}
     return row
 

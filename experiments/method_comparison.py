@@ -29,11 +29,10 @@ import rich
 import rich.markup
 import rich.table
 
-from vla_jax import names
+from vla_jax import catalogue, names
 from vla_jax.algebra import Adapter, merge
 from vla_jax.backbones.clip_config import CLIPConfig
-from vla_jax.backbones.convert import abstract_params
-from vla_jax.backbones.loading import Backbone, load_backbone, load_config
+from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
 from vla_jax.backbones.transformer import Compute
 from vla_jax.catalogue import METHODS, entry, fits
 from vla_jax.comparison import Comparison
@@ -111,7 +110,7 @@ class Config:
             raise UserError(f"latency_batch must be at least 1, got {self.latency_batch}")
 
 
-# One or two of every family: what two cores can compare within an hour.
+# One or two of every family, for machines that compare all of them in a day.
 REPRESENTATIVES = (
     "linear",
     "full",
@@ -182,38 +181,25 @@ def variants(config: Config, backbone: Backbone) -> list[Variant]:
 
 
 def _variant(config: Config, name: str, backbone: Backbone) -> Variant:
-    known = entry(name)
     rates = {
         "head": config.head_rates,
         "adapters": config.adapter_rates,
         "light": config.light_rates,
         "full": config.full_rates,
     }
-    depth = min(backbone.config.vision.depth, backbone.config.text.depth)
-    return Variant(
-        name,
-        known.title,
-        known.rules,
-        known.placements(backbone.config),
-        robust_drop=depth - 1 if known.robust_drop else 0,
-        group=known.family,
-        learning_rates=rates[known.pace],
-        selection_share=1.0 if known.pace == "head" else None,
-    )
+    pace = entry(name).pace
+    # What costs next to nothing can afford to be looked at after all of the steps.
+    return catalogue.variant(name, backbone.config, rates[pace], 1.0 if pace == "head" else None)
 
 
 def check(config: Config) -> Any:
     """Refuses what cannot be run, before anything is compiled; returns the table for ``--dry_run``."""
-    shape = load_config(config.backbone)
+    shapes = abstract_backbone(config.backbone)
     mesh = make_mesh(config.mesh)
     check_batch(config.budget.batch_size, mesh)
-    lengths = {"text_length": config.sizes.text_length, "caption_length": config.sizes.caption_length}
+    lengths = {"sizes.text_length": config.sizes.text_length, "sizes.caption_length": config.sizes.caption_length}
     for name, length in lengths.items():
-        if length > shape.context_length:
-            raise UserError(
-                f"sizes.{name} {length} is longer than the backbone's context of {shape.context_length} tokens"
-            )
-    shapes = Backbone(config.backbone, shape, abstract_params(shape), "", None)
+        shapes.config.check_text_length(name, length)
     report = rich.table.Table(title=f"method_comparison, {config.preset}: {config.backbone}")
     for heading in ("method", "family", "trained", "of the backbone", "adapters"):
         report.add_column(heading, justify="right" if heading in ("trained", "of the backbone") else "left")
@@ -221,8 +207,7 @@ def check(config: Config) -> Any:
     for variant in variants(config, shapes):
         comparison = Comparison(shapes, data, config.budget, config.compute, mesh, Path())
         model, table = comparison.model(variant), comparison.table(variant)
-        if model.plan.inserts_tokens:  # they need room in the context beside the texts
-            jax.eval_shape(functools.partial(_features, model), model.shapes(), _batch(config, shape))
+        model.check_room(max(lengths.values()))
         sites = "; ".join(f"{p.method.kind} in {', '.join(p.slots)}, {p.layers} layers" for p in variant.placements)
         share = f"{table.share_of_backbone:.2f} %"
         report.add_row(variant.title, variant.group, f"{table.trained:,}", share, sites or f"rules: {variant.rules}")

@@ -37,6 +37,7 @@ from vla_jax.adapters import (
 )
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.errors import UserError, unknown
+from vla_jax.variants import Variant
 
 Pace = Literal["head", "adapters", "light", "full"]
 """Which grid of learning rates: a linear head; adapters; few or multiplying numbers; the backbone itself, or a network
@@ -143,6 +144,33 @@ def entry(name: str) -> Entry:
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return METHODS[name]
+
+
+def variant(
+    name: str, shape: CLIPConfig, learning_rates: tuple[float, ...], selection_share: float | None = None
+) -> Variant:
+    """A method as a comparison takes it on a CLIP of this shape.
+
+    Args:
+        name: one of :data:`METHODS`.
+        shape: the CLIP's.
+        learning_rates: the grid from which its own is chosen.
+        selection_share: share of the steps after which it is chosen; the budget's if None.
+
+    Raises:
+        UserError: if there is no such method.
+    """
+    known = entry(name)
+    return Variant(
+        name,
+        known.title,
+        known.rules,
+        known.placements(shape),
+        robust_drop=min(shape.vision.depth, shape.text.depth) - 1 if known.robust_drop else 0,
+        group=known.family,
+        learning_rates=learning_rates,
+        selection_share=selection_share,
+    )
 
 
 def fits(name: str, config: CLIPConfig) -> UserError | None:

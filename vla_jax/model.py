@@ -167,6 +167,25 @@ class AdaptedModel:
         )
         return output if repeat else pairing.repeated(output)
 
+    def check_room(self, text_length: int) -> None:
+        """Refuses texts that leave no room in the context for the tokens that adapters insert; computes nothing.
+
+        Args:
+            text_length: tokens a text.
+
+        Raises:
+            UserError: if there is too little.
+        """
+        if not self.plan.inserts_tokens:
+            return
+        size = self.backbone.config.image_size
+        batch = {
+            "image": jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
+            "tokens": jax.ShapeDtypeStruct((1, text_length), np.int32),
+            "text_mask": jax.ShapeDtypeStruct((1, text_length), bool),
+        }
+        jax.eval_shape(self.apply, self.shapes(), batch)
+
     def loss(self, params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The task's loss, and AdapterFusion's penalty; see :func:`vla_jax.training.step.make_train_step`."""
         output = self.apply(params, batch, key, fixed_texts(self.task))

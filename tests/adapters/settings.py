@@ -187,34 +187,20 @@ ALL = PLACEMENTS | TIED
 
 VARIATIONS = frozenset(
     {
-        "bottleneck_norm",
-        "bottleneck_normal",
-        "bottleneck_drop_path",
-        "lora_alphas",
-        "lora_pissa",
-        "affine_shift",
-        "affine_both",
-        "ladder_some_rungs",
         "fusion_gate",
         "fusion_attention",
         "fusion_none",
         "fusion_to_vision",
         "fusion_to_text",
-        "fusion_late",
-        "fusion_shared",
-        "phm",
-        "hyperformer_per_slot",
+        "parallel_fusions",
         "prompt_made",
+        "average_prompts",
         "prefix_made",
         "stack_prefixes",
-        "parallel_fusions",
-        "average_prompts",
-        "fuse_nested",
-        "lora_tied",
     }
 )
-"""Settings that differ from another one of the list in what their module computes alone. What scan, mesh and cuts of
-the tower make of a module is tested for the others, since compiling takes the time."""
+"""Settings that stand where another one of the list stands, and differ in what their module computes alone. What scan,
+mesh and cuts of the tower make of a module there is tested for the others, since compiling takes the time."""
 
 PLACED = [name for name in ALL if name not in VARIATIONS]
 

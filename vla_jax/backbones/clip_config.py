@@ -58,6 +58,19 @@ class CLIPConfig:
         towers = {"vision": self.vision.shape, "text": self.text.shape}
         return {name: shape._replace(features=self.projection) for name, shape in towers.items()}
 
+    def check_text_length(self, name: str, length: int) -> None:
+        """Refuses texts for which there is no room.
+
+        Args:
+            name: of the setting that says how long texts are.
+            length: tokens a text.
+
+        Raises:
+            UserError: if that is longer than the context.
+        """
+        if length > self.context_length:
+            raise UserError(f"{name} {length} is longer than the backbone's context of {self.context_length} tokens")
+
     @classmethod
     def preset(cls, name: str) -> CLIPConfig:
         """A published shape by name, such as ``vit_b_32``; see :data:`PRESETS`."""

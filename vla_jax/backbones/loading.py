@@ -91,6 +91,12 @@ def load_config(name_or_folder: str | Path, *, image_size: int | None = None) ->
     return _read(str(name_or_folder), image_size)[2]
 
 
+def abstract_backbone(name_or_folder: str | Path) -> Backbone:
+    """The backbone as shapes alone: what can be checked and counted without reading weights; it has no tokenizer."""
+    shape = load_config(name_or_folder)
+    return Backbone(str(name_or_folder), shape, convert.abstract_params(shape), "", None)
+
+
 def load_backbone(
     name_or_folder: str | Path,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,15 @@ class QuadruplePairs:
         }
 
 
-def as_scores(values: np.ndarray) -> np.ndarray:
-    """Scores of all pairs in order, ``[..., 4 * n]``, as ``[..., n, 2 captions, 2 images]``."""
-    return values.reshape(*values.shape[:-1], -1, 2, 2)
+def as_scores(values: np.ndarray, shown: Sequence[str] = ("image", "text")) -> np.ndarray:
+    """Scores of all pairs in order, ``[..., 4 * n]``, as ``[..., n, 2 captions, 2 images]``.
+
+    Args:
+        values: one for each of :class:`QuadruplePairs`.
+        shown: the modalities that the model was shown. What it does not see must tie to the last bit; rounding that
+            depends on a row's place in its batch would decide ties.
+    """
+    scores = values.reshape(*values.shape[:-1], -1, 2, 2)
+    one = scores[..., :1, :] if "text" not in shown else scores
+    one = one[..., :1] if "image" not in shown else one
+    return np.broadcast_to(one, scores.shape)

@@ -16,6 +16,7 @@ from vla_jax.data.scenes.vocabulary import CLASS_TEMPLATES, COLORS, SHAPES
 from vla_jax.data.text import Tokenize
 from vla_jax.evaluation import retrieval, statistics, winoground
 from vla_jax.evaluation.statistics import Interval
+from vla_jax.evaluation.zero_shot import class_features, cosines
 
 Encode = Callable[[Sequence[Any]], np.ndarray]
 
@@ -123,10 +124,7 @@ def zero_shot(
     features = encode_images([example["image"] for example in single])
 
     def classify(names: Sequence[str], label: str) -> Interval:
-        prompts = encode_texts([template.format(name) for name in names for template in CLASS_TEMPLATES])
-        prompts = prompts.reshape(len(names), len(CLASS_TEMPLATES), -1).mean(1)
-        prompts /= np.linalg.norm(prompts, axis=-1, keepdims=True)
-        chosen = np.argmax(features @ prompts.T, axis=-1)
+        chosen = np.argmax(cosines(features, class_features(encode_texts, names, CLASS_TEMPLATES)), axis=-1)
         return statistics.accuracy(chosen == np.array([example[label] for example in single]))
 
     full = examples("captions", candidates, caption_weights=CaptionWeights(1, 0, 0, 0, 0))
