@@ -8,19 +8,13 @@ Every method of the catalogue has a process of its own, and trains by the same c
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -28,7 +22,16 @@ from rich.table import Table
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from benchmarks.measuring import alone, in_turns, make_batch, peak_resident, prepare, timed  # noqa: E402
-from benchmarks.report import Record, Spread, fill_readme, machine, machine_line, markdown, read_records  # noqa: E402
+from benchmarks.report import (  # noqa: E402
+    Record,
+    Spread,
+    append_record,
+    command_line,
+    machine_line,
+    markdown,
+    started,
+    terminal_table,
+)
 from benchmarks.training import Remat  # noqa: E402
 from vla_jax.catalogue import METHODS, entry, fits, variant  # noqa: E402
 from vla_jax.errors import UserError  # noqa: E402
@@ -158,11 +161,7 @@ def measure_method(options: Options, folder: str, name: str) -> dict[str, Any]:
 
 def measure(options: Options) -> list[Record]:
     """Runs every method, appends its record to ``options.output`` and returns them."""
-    run = {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "command": shlex.join(["python", "benchmarks/methods_cost.py", *sys.argv[1:]]),
-        "machine": machine(),
-    }
+    run = started("methods_cost")
     records = []
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
         task = progress.add_task("writing weights", total=None)
@@ -177,8 +176,7 @@ def measure(options: Options) -> list[Record]:
             fields = {k: v for k, v in asdict(options).items() if k in ("model", "batch", "steps", "pairs", "remat")}
             fields |= {"method": name, "device": prepared["device"], "device_name": prepared["device_name"]}
             records.append(run | fields | alone(measure_method, options, folder, name))
-            with options.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(records[-1]) + "\n")
+            append_record(options.output, records[-1])
             progress.advance(task)
     return records
 
@@ -253,26 +251,10 @@ def section(records: Sequence[Record]) -> str:
     )
 
 
-def main() -> None:
-    """The command line."""
-    try:
-        options = tyro.cli(Options, description=__doc__)
-        records = measure(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    console = Console()
-    # Not squeezed into the 80 columns that rich assumes of a file.
-    console.width = console.width if console.is_terminal else 200
-    table = Table(title="What methods cost")
-    for number, column in enumerate(COLUMNS):
-        table.add_column(escape(column), justify="left" if number < 2 else "right")
-    for row in rows(records):
-        table.add_row(*map(escape, row))
-    console.print(table)
-    if options.write_readme:
-        fill_readme("methods_cost", section(read_records(options.output)))
+def show(records: Sequence[Record]) -> Table:
+    """The table to print."""
+    return terminal_table("What methods cost", COLUMNS, rows(records), words=2)
 
 
 if __name__ == "__main__":
-    main()
+    command_line("methods_cost", Options, __doc__, measure, show, section)

@@ -9,19 +9,13 @@ script stops if ours and peft's mixed batches have different logits. ``README.md
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -29,7 +23,16 @@ from rich.table import Table
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from benchmarks.measuring import alone, in_turns, make_batch, peak_resident, prepare  # noqa: E402
-from benchmarks.report import Record, Spread, fill_readme, machine, machine_line, markdown, read_records  # noqa: E402
+from benchmarks.report import (  # noqa: E402
+    Record,
+    Spread,
+    append_record,
+    command_line,
+    machine_line,
+    markdown,
+    started,
+    terminal_table,
+)
 from vla_jax.errors import UserError  # noqa: E402
 
 Name = Literal["vla_jax LoRA", "vla_jax bottleneck", "peft LoRA"]
@@ -205,11 +208,7 @@ def check(ours: Sequence[dict[str, Any]], peer: Sequence[dict[str, Any]]) -> Non
 
 def measure(options: Options) -> list[Record]:
     """Runs every case, appends its records to ``options.output`` and returns them."""
-    run = {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "command": shlex.join(["python", "benchmarks/mixed_tasks.py", *sys.argv[1:]]),
-        "machine": machine(),
-    }
+    run = started("mixed_tasks")
     cases: list[tuple[Name, Any]] = [
         ("vla_jax LoRA", measure_ours),
         ("peft LoRA", measure_peer),
@@ -228,8 +227,7 @@ def measure(options: Options) -> list[Record]:
             fields |= {"adapters": name, "device": prepared["device"], "device_name": prepared["device_name"]}
             for each in found[name]:
                 records.append(run | fields | {key: value for key, value in each.items() if key != "logits"})
-                with options.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
+                append_record(options.output, records[-1])
     check(found["vla_jax LoRA"], found["peft LoRA"])
     return records
 
@@ -305,23 +303,10 @@ def section(records: Sequence[Record]) -> str:
     return "\n".join([*lines, "", f"Targets, at {TARGET_TASKS} tasks:", "", *targets(newest)])
 
 
-def main() -> None:
-    """The command line."""
-    try:
-        options = tyro.cli(Options, description=__doc__)
-        records = measure(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    table = Table(title="Batches that mix tasks")
-    for number, column in enumerate(COLUMNS):
-        table.add_column(escape(column), justify="right" if number else "left")
-    for row in rows(records):
-        table.add_row(*map(escape, row))
-    Console().print(table)
-    if options.write_readme:
-        fill_readme("mixed_tasks", section(read_records(options.output)))
+def show(records: Sequence[Record]) -> Table:
+    """The table to print."""
+    return terminal_table("Batches that mix tasks", COLUMNS, rows(records))
 
 
 if __name__ == "__main__":
-    main()
+    command_line("mixed_tasks", Options, __doc__, measure, show, section)

@@ -1,15 +1,25 @@
-"""What benchmarks report with: the machine, spreads, records a line, and sections of ``README.md``."""
+"""What benchmarks report with: the machine, spreads, records a line, sections of ``README.md``, the command line."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vla_jax.errors import UserError
 
 README = Path(__file__).with_name("README.md")
 
@@ -29,6 +39,15 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "load": os.getloadavg()[0],
+    }
+
+
+def started(script: str) -> Record:
+    """What all records of a run begin with: when, the command, the machine."""
+    return {
+        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "command": shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
+        "machine": machine(),
     }
 
 
@@ -70,6 +89,54 @@ class Spread:
 def read_records(path: Path) -> list[Record]:
     """The records of a file, one JSON object a line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Adds a record to a file at once, so that a run that is cut off keeps what it has."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def terminal_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> Table:
+    """A table for the terminal whose first ``words`` columns are text and the others numbers."""
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if number < words else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def command_line(
+    name: str,
+    options: type,
+    description: str | None,
+    measure: Callable[[Any], list[Record]],
+    show: Callable[[list[Record]], Table],
+    section: Callable[[list[Record]], str],
+) -> None:
+    """A benchmark from the shell.
+
+    Args:
+        name: of its section in ``README.md``.
+        options: dataclass of its settings, ``output`` and ``write_readme`` among them.
+        description: for ``--help``.
+        measure: runs it, keeps its records in ``output`` and returns them.
+        show: the table to print of them.
+        section: the section's text of all kept records.
+    """
+    try:
+        given = tyro.cli(options, description=description)
+        records = measure(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    console = Console()
+    # Not squeezed into the 80 columns that rich assumes of a file.
+    console.width = console.width if console.is_terminal else 200
+    console.print(show(records))
+    if given.write_readme:
+        fill_readme(name, section(read_records(given.output)))
 
 
 def fill_readme(name: str, text: str) -> None:

@@ -9,17 +9,12 @@ and must find the same recall, or the script stops. Peak memory is that of the w
 
 from __future__ import annotations
 
-import json
-import shlex
+import importlib.util
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -27,7 +22,7 @@ from rich.table import Table
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from benchmarks.measuring import alone, peak_resident, timed  # noqa: E402
-from benchmarks.report import Record, fill_readme, machine, machine_line, markdown, read_records  # noqa: E402
+from benchmarks.report import Record, append_record, command_line, machine_line, markdown, started, terminal_table  # noqa: E402
 from vla_jax.errors import UserError  # noqa: E402
 
 OUTPUT = Path(__file__).with_name("retrieval.jsonl")
@@ -190,14 +185,14 @@ def check(records: list[Record]) -> None:
 
 
 def measure(options: Options) -> list[Record]:
-    """Runs every contender, appends its record to ``options.output`` and returns all records of this run."""
-    run = {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "command": shlex.join(["python", "benchmarks/retrieval.py", *sys.argv[1:]]),
-        "machine": machine(),
-        "rows": options.rows,
-        "width": options.width,
-    }
+    """Runs every contender, appends its record to ``options.output`` and returns all records of this run.
+
+    Raises:
+        UserError: if FAISS is not installed.
+    """
+    if importlib.util.find_spec("faiss") is None:
+        raise UserError("FAISS, a contender, is not installed; pip install faiss-cpu")
+    run = started("retrieval") | {"rows": options.rows, "width": options.width}
     records: list[Record] = []
     with Progress() as progress:
         task = progress.add_task("", total=options.rounds * len(CONTENDERS))
@@ -205,8 +200,7 @@ def measure(options: Options) -> list[Record]:
             for name, function in CONTENDERS.items():
                 progress.update(task, description=f"{name}, round {round_ + 1}")
                 records.append(run | {"contender": name, "round": round_} | alone(function, options))
-                with options.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
+                append_record(options.output, records[-1])
                 progress.advance(task)
             check(records[-len(CONTENDERS) :])
     return records
@@ -238,7 +232,8 @@ def rows(records: list[Record]) -> list[list[str]]:
 
 
 def section(records: list[Record]) -> str:
-    """The results section: how the run was made, the table and the targets."""
+    """The newest run as a section of the README: how it was made, the table and the targets."""
+    records = [record for record in records if record["run"] == records[-1]["run"]]
     first = records[0]
     versions = {name: value for record in records for name, value in record["versions"].items()}
     seconds = {name: min(r["seconds"] for r in records if r["contender"] == name) for name in CONTENDERS}
@@ -267,33 +262,8 @@ def section(records: list[Record]) -> str:
 
 def show(records: list[Record]) -> Table:
     """The table to print."""
-    table = Table(title="Exact recall in both directions")
-    for number, column in enumerate(COLUMNS):
-        table.add_column(escape(column), justify="left" if number == 0 else "right")
-    for row in rows(records):
-        table.add_row(*map(escape, row))
-    return table
-
-
-def main() -> None:
-    """The command line."""
-    try:
-        options = tyro.cli(Options, description=__doc__)
-        records = measure(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is missing; pip install faiss-cpu", file=sys.stderr)
-        sys.exit(2)
-    console = Console()
-    # Not squeezed into the 80 columns that rich assumes of a file.
-    console.width = console.width if console.is_terminal else 200
-    console.print(show(records))
-    if options.write_readme:
-        newest = read_records(options.output)
-        fill_readme("retrieval", section([record for record in newest if record["run"] == newest[-1]["run"]]))
+    return terminal_table("Exact recall in both directions", COLUMNS, rows(records))
 
 
 if __name__ == "__main__":
-    main()
+    command_line("retrieval", Options, __doc__, measure, show, section)

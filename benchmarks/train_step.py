@@ -9,24 +9,19 @@ stops if they disagree about the first loss or about how much is trained. ``READ
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-from rich.console import Console
 from rich.progress import Progress
 
 # The script is run from a checkout; a checkout need not be installed.
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from benchmarks.measuring import TOKENS, alone, prepare  # noqa: E402
-from benchmarks.report import fill_readme, machine, read_records  # noqa: E402
+from benchmarks.report import append_record, command_line, started  # noqa: E402
 from benchmarks.train_step_report import section, show  # noqa: E402
 from benchmarks.training import Case, Method, Remat, measure_ours, measure_peer  # noqa: E402
 from vla_jax.errors import UserError  # noqa: E402
@@ -106,11 +101,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     (compiling included), of the further steps, and of paired forwards, bare and adapted; ``*_bytes`` held after the
     imports and at the peak of training; FLOP/s of a large product; versions. ``step_flop`` is what a step needs.
     """
-    run = {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "command": shlex.join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
-        "machine": machine(),
-    }
+    run = started("train_step")
     records = []
     places = [(model, method) for model in options.models for method in options.methods]
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
@@ -143,28 +134,11 @@ def measure(options: Options) -> list[dict[str, Any]]:
                     fields = {name: value for name, value in asdict(case).items() if name != "folder"}
                     extra = {"dtype": case.dtype, "device_name": prepared[model]["device_name"], "step_flop": flop}
                     records.append(run | fields | extra | results[framework])
-                    with options.output.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(records[-1]) + "\n")
+                    append_record(options.output, records[-1])
                     progress.advance(task)
                 check(results["vla_jax"], results["pytorch"], case)
     return records
 
 
-def main() -> None:
-    """The command line."""
-    try:
-        options = tyro.cli(Options, description=__doc__)
-        records = measure(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    console = Console()
-    # Not squeezed into the 80 columns that rich assumes of a file.
-    console.width = console.width if console.is_terminal else 200
-    console.print(show(records))
-    if options.write_readme:
-        fill_readme("train_step", section(read_records(options.output)))
-
-
 if __name__ == "__main__":
-    main()
+    command_line("train_step", Options, __doc__, measure, show, section)
