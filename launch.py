@@ -7,16 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from vla_jax.errors import UserError
-
 if __name__ == "__main__":
-    from vla_jax.launching import main
+    from vla_jax.launching import command
 
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        # What the user can mend is one clear line, not a traceback.
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command(sys.argv[1:])

@@ -114,16 +114,18 @@ def command_line(
     measure: Callable[[Any], list[Record]],
     show: Callable[[list[Record]], Table],
     section: Callable[[list[Record]], str],
+    document: Path = README,
 ) -> None:
     """A benchmark from the shell.
 
     Args:
-        name: of its section in ``README.md``.
+        name: of its section.
         options: dataclass of its settings, ``output`` and ``write_readme`` among them.
         description: for ``--help``.
         measure: runs it, keeps its records in ``output`` and returns them.
         show: the table to print of them.
         section: the section's text of all kept records.
+        document: the file that has the section.
     """
     try:
         given = tyro.cli(options, description=description)
@@ -136,15 +138,15 @@ def command_line(
     console.width = console.width if console.is_terminal else 200
     console.print(show(records))
     if given.write_readme:
-        fill_readme(name, section(read_records(given.output)))
+        fill_section(name, section(read_records(given.output)), document)
 
 
-def fill_readme(name: str, text: str) -> None:
-    """Replaces what stands between a benchmark's two markers in ``README.md``."""
+def fill_section(name: str, text: str, document: Path = README) -> None:
+    """Replaces what stands between a benchmark's two markers in a document."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    whole = README.read_text(encoding="utf-8")
+    whole = document.read_text(encoding="utf-8")
     if whole.count(start) != 1 or whole.count(end) != 1:
-        raise ValueError(f"{README} must have the lines {start} and {end} once each")
+        raise ValueError(f"{document} must have the lines {start} and {end} once each")
     before, _, rest = whole.partition(start)
     _, _, after = rest.partition(end)
-    README.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+    document.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")

@@ -13,22 +13,19 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.progress import Progress
 
 # The script is run from a checkout; a checkout need not be installed.
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from benchmarks.measuring import TOKENS, alone, prepare  # noqa: E402
+from benchmarks.flop import step_flop  # noqa: E402
+from benchmarks.measuring import alone, prepare  # noqa: E402
 from benchmarks.report import append_record, command_line, started  # noqa: E402
 from benchmarks.train_step_report import section, show  # noqa: E402
 from benchmarks.training import Case, Method, Remat, measure_ours, measure_peer  # noqa: E402
 from vla_jax.errors import UserError  # noqa: E402
-
-if TYPE_CHECKING:
-    from vla_jax.backbones.clip_config import CLIPConfig
-    from vla_jax.backbones.transformer import TowerConfig
 
 OUTPUT = Path(__file__).with_name("train_step.jsonl")
 # The fastest setting on each kind of device: on a CPU, keeping less for the backward pass saves more time in memory
@@ -70,19 +67,6 @@ class Options:
                 raise UserError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
 
 
-def forward_flop(config: CLIPConfig) -> float:
-    """FLOP of one example's forward: all products of both towers, adapters and embeddings' look-ups left out."""
-
-    def blocks(tower: TowerConfig, tokens: int) -> float:
-        weights = 4 * tower.width**2 + 2 * tower.width * tower.mlp_width
-        return tower.depth * (2 * tokens * weights + 4 * tokens**2 * tower.width)
-
-    patches, vision, text = config.grid**2, config.vision, config.text
-    embedding = 2 * patches * 3 * config.patch_size**2 * vision.width
-    projections = 2 * (vision.width + text.width) * config.projection
-    return blocks(vision, patches + 1) + blocks(text, TOKENS) + embedding + projections
-
-
 def check(ours: dict[str, Any], peer: dict[str, Any], case: Case) -> None:
     """Stops where the two did not do the same work."""
     difference, allowed = abs(ours["loss"] - peer["loss"]), LOSS_TOLERANCE[case.dtype]
@@ -112,8 +96,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
                 progress.update(task, description=f"{model}: writing weights")
                 prepared[model] = alone(prepare, model, f"{folder}/{model}")
             device = prepared[model]["device"]
-            # Frozen weights get no gradient: one product of each forward product's size instead of two.
-            flop = options.batch * forward_flop(prepared[model]["config"]) * (3 if method == "full" else 2)
+            flop = options.batch * step_flop(prepared[model]["config"], full=method == "full")
             for round_ in range(options.rounds):
                 results = {}
                 for framework, function in (("vla_jax", measure_ours), ("pytorch", measure_peer)):

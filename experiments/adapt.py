@@ -67,6 +67,7 @@ class Config:
         budget: steps, batch, seeds and optimiser.
         kept_gib: how much memory may hold what the frozen blocks below the first adapter make of the data, so that it
             is computed once; 0 computes it in every step.
+        streams_dir: folder in which that is kept on disk instead, however much it is, for this run and later ones.
         compute: how the backbone is run.
         mesh: the devices.
     """
@@ -89,6 +90,7 @@ class Config:
         )
     )
     kept_gib: float = 2.0
+    streams_dir: str = ""
     compute: Compute = dataclasses.field(default_factory=Compute)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -113,7 +115,7 @@ PRESETS = {
 
 
 class _Adaptation(Comparison):
-    """Keeps what frozen blocks compute only where it fits, serves more than one pass, and is the same in every pass."""
+    """Keeps what frozen blocks compute where it is the same in every pass: on disk, or in memory if that pays."""
 
     kept_bytes: float = 0.0
     steady: bool = True
@@ -121,7 +123,8 @@ class _Adaptation(Comparison):
     def sources(self, model: AdaptedModel, table: ResolvedTable) -> tuple[Any, Transform]:
         train = self.data.splits["train"]
         seen_again = self.budget.steps * self.budget.batch_size > len(train)
-        if self.steady and seen_again and self._size(model) <= self.kept_bytes:
+        fits = seen_again and self._size(model) <= self.kept_bytes
+        if self.steady and (self.data.streams is not None or fits):
             return super().sources(model, table)
         return self.data.splits, self.data.transform
 
@@ -196,11 +199,18 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
     backbone = load_backbone(config.backbone, dtype=config.storage)
     data = data_of_kind(found.kind, found.labels, config.setup, backbone, splits_of(config.data, found, backbone))
     # Validation data are looked at as test data are: with every prediction, not the mean alone.
-    data = dataclasses.replace(data, probes={"validation": Probe(data.splits["validation"])})
+    data = dataclasses.replace(
+        data,
+        probes={"validation": Probe(data.splits["validation"])},
+        streams=Path(config.streams_dir).expanduser() if config.streams_dir else None,
+    )
     comparison = _Adaptation(backbone, data, config.budget, config.compute, make_mesh(config.mesh), workdir / "runs")
     comparison.kept_bytes = config.kept_gib * 2**30
     drawn = "captions" in annotation(data.splits["train"], 0)  # one of them, anew in every pass
     comparison.steady = config.setup.augment == "none" and not drawn
+    if config.streams_dir and not comparison.steady:
+        changes = "one of several captions is drawn" if drawn else f"pictures are augmented ({config.setup.augment})"
+        raise UserError(f"streams_dir keeps what is the same in every pass, but {changes} in each; leave it out")
     chosen = variant(config, backbone)
     _check_pairs(found, comparison.model(chosen).plan, config.method)
     outcome = comparison.run(chosen)

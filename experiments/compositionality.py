@@ -27,20 +27,19 @@ from vla_jax.adapters import Fusion, Placement
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
 from vla_jax.backbones.transformer import Compute
 from vla_jax.comparison import Comparison
-from vla_jax.data.builders.scenes import ScenesConfig
 from vla_jax.data.image import Preprocess
 from vla_jax.data.pipeline import TransformExample
 from vla_jax.data.quadruple_pairs import QuadruplePairs, as_scores
 from vla_jax.data.scenes import SceneConfig
-from vla_jax.data.sources import load_source
 from vla_jax.data.text import Tokenize
-from vla_jax.data.twin_pairs import Negatives, TwinPairs
+from vla_jax.data.twin_pairs import Negatives
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation import scene_probe, winoground
 from vla_jax.evaluation.scene_probe import SWAPS, SceneProbe
 from vla_jax.evaluation.statistics import accuracy
 from vla_jax.model import Task
 from vla_jax.reporting import compositionality_report
+from vla_jax.task_data import twin_pairs
 from vla_jax.tasks.matching import Matching
 from vla_jax.tasks.similarity import Similarity
 from vla_jax.training.optimizer import OptimizerConfig
@@ -237,12 +236,8 @@ def _data(
     config: Config, backbone: Backbone, task: Task, negatives: Negatives, quadruples: list[dict[str, Any]]
 ) -> TaskData:
     """Twins as pairs to judge, and the quadruples."""
-    scene = SceneConfig(image_size=backbone.config.image_size)
     sizes = {"train": config.twins, "validation": config.validation, "test": config.test}
-    built = ScenesConfig(
-        name="_".join(map(str, ["twins", scene.image_size, *sizes.values()])), kind="twins", scene=scene, **sizes
-    )
-    splits = {split: TwinPairs(load_source("scenes", split, config.data_dir, built), negatives) for split in sizes}
+    splits = twin_pairs(negatives, sizes, backbone, config.data_dir)
     transform = TransformExample(
         Preprocess(backbone.image_processor), Tokenize(backbone.tokenizer, config.text_length), label_key="label"
     )

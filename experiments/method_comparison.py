@@ -82,7 +82,7 @@ class Config:
     budget: Budget = dataclasses.field(
         default_factory=lambda: Budget(
             steps=100,
-            selection_share=0.25,
+            selection_share=1.0,
             batch_size=48,
             optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
             head_rate=1e-2,
@@ -110,7 +110,7 @@ class Config:
             raise UserError(f"latency_batch must be at least 1, got {self.latency_batch}")
 
 
-# One or two of every family: what two cores compare within the hour.
+# One or two of every family: what two cores compare within the hour, with every learning rate run to its end.
 REPRESENTATIVES = (
     "linear",
     "full",
@@ -125,9 +125,7 @@ REPRESENTATIVES = (
     "coop",
     "vpt_deep",
     "maple",
-    "prefix",
     "fusion",
-    "cross_modal",
     "mma",
     "clip_adapter",
     "ladder",

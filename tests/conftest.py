@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Both are read when JAX starts its backend, so they must stand before any test imports jax.
@@ -15,6 +18,14 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # XLA's thread pool on a CPU has as many threads as there are cores or devices, whichever is more. A device that waits
 # for others in two collectives at once (of two towers, say) blocks two of them, and with none left all wait for ever.
 os.environ.setdefault("NPROC", "64")
+
+# A program that several tests, or several workers, compile is compiled once a run. Workers inherit the folder from the
+# process that starts them, which removes it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vla_jax_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 import jax
 import pytest

@@ -241,11 +241,12 @@ def test_streams_are_computed_once_for_variants_that_start_alike_and_not_at_all_
         Variant("lora", "lora", placements=(Placement(LoRA(rank=2), slots=("attn_q",)),)),
         Variant("full", "full", rules="full"),
         Variant("image", "image", rules="linear_probe", modalities=("image",)),
+        Variant("text", "text", rules="linear_probe", modalities=("text",)),
     ):
         found[variant.name] = comparison.sources(comparison.model(variant), comparison.table(variant))
     assert found["fused"][0] is found["other"][0]
     for field, tokens in (("image_stream", 5), ("text_stream", LENGTH)):
-        assert found["fused"][0]["test"].arrays[field].shape == (SIZES["test"], tokens, CONFIG.text.width)
+        assert np.asarray(found["fused"][0]["test"].arrays[field]).shape == (SIZES["test"], tokens, CONFIG.text.width)
     np.testing.assert_array_equal(found["fused"][0]["test"].arrays["position"], np.arange(SIZES["test"]))
     # After the last block, whether a joint or a head stands there; and before the first.
     outputs = jax.jit(comparison.model(LINEAR).prefix)({"backbone": backbone().params}, DATA.splits["test"].arrays)
@@ -253,9 +254,68 @@ def test_streams_are_computed_once_for_variants_that_start_alike_and_not_at_all_
         streams = found[name][0]["test"].arrays
         for field in ("image_stream", "text_stream"):
             np.testing.assert_allclose(streams[field], outputs[field], rtol=1e-4, atol=1e-5)
-    assert not np.allclose(found["lora"][0]["test"].arrays["image_stream"], outputs["image_stream"], rtol=1e-2)
-    for name in ("full", "image"):
+    assert not np.allclose(
+        np.asarray(found["lora"][0]["test"].arrays["image_stream"]), outputs["image_stream"], rtol=1e-2
+    )
+    for name in ("full", "text"):
         assert found[name] == (comparison.data.splits, as_rows)
+    # What is shown pictures alone has no texts to compute.
+    pictures = found["image"][0]["test"].arrays
+    np.testing.assert_allclose(pictures["image_stream"], outputs["image_stream"], rtol=1e-4, atol=1e-5)
+    assert "text_stream" not in pictures
+
+
+def test_seeds_train_on_the_examples_drawn_for_them_and_share_what_is_compiled(tmp_path, monkeypatch):
+    seen, compiled = [], []
+    pipeline, make = module.Pipeline, module.make_train_step
+
+    def watched(source, *given, training, **arguments):
+        if training:
+            drawn = np.bincount([source[place]["position"] for place in range(len(source))])
+            assert len(set(drawn[drawn > 0].tolist())) == 1  # in a pass each stands as often as the others
+            seen.append(np.flatnonzero(drawn).tolist())
+        return pipeline(source, *given, training=training, **arguments)
+
+    monkeypatch.setattr(module, "Pipeline", watched)
+    monkeypatch.setattr(module, "make_train_step", lambda *given, **named: compiled.append(0) or make(*given, **named))
+    whole = _comparison(tmp_path, budget=dataclasses.replace(BUDGET, steps=2))
+    linear = dataclasses.replace(LINEAR, learning_rates=(0.3,))
+    draws = ({0: np.array([5, 3]), 1: np.array([7, 39, 0])}, {0: np.arange(9), 1: np.arange(10, 30)})
+    outcomes = [whole.drawing(drawn, tmp_path / str(n)).run(linear) for n, drawn in enumerate(draws)]
+    assert seen == [[3, 5], [0, 7, 39], list(range(9)), list(range(10, 30))]
+    assert len(compiled) == 1
+    assert not np.array_equal(outcomes[0].predictions["test"]["score"], outcomes[1].predictions["test"]["score"])
+    # A finished run is that of its examples.
+    again = whole.drawing(draws[0], tmp_path / "0")
+    np.testing.assert_array_equal(
+        again.run(linear).predictions["test"]["score"], outcomes[0].predictions["test"]["score"]
+    )
+    with pytest.raises(UserError, match=r"drawn was \[3, 5\] and is now \[3, 6\]"):
+        whole.drawing({0: np.array([6, 3]), 1: np.array([7])}, tmp_path / "0").run(linear)
+    with pytest.raises(UserError, match="no training examples are drawn for seed 1"):
+        whole.drawing({0: np.array([1])}, tmp_path)
+    for seed in BUDGET.seeds:
+        trained, _ = load_adapters(tmp_path / "1" / "linear" / "learning_rate_0.3" / f"seed_{seed}" / "adapters")
+        found = again.parameters(outcomes[0], seed)["heads"]["bright"]["classifier"]["kernel"]
+        own, _ = load_adapters(tmp_path / "0" / "linear" / "learning_rate_0.3" / f"seed_{seed}" / "adapters")
+        np.testing.assert_array_equal(found, own["heads"]["bright"]["classifier"]["kernel"])
+        assert not np.array_equal(found, trained["heads"]["bright"]["classifier"]["kernel"])
+
+
+def test_examples_are_drawn_of_raw_data_as_of_computed_streams(tmp_path, monkeypatch):
+    seen = []
+    pipeline = module.Pipeline
+
+    def watched(source, *given, training, **arguments):
+        if training:
+            seen.append([source[place]["tokens"].tolist() for place in range(2)])
+        return pipeline(source, *given, training=training, **arguments)
+
+    monkeypatch.setattr(module, "Pipeline", watched)
+    texts = Variant("texts", "texts", rules="linear_probe", modalities=("text",), learning_rates=(1e-3,))
+    whole = _comparison(tmp_path, budget=dataclasses.replace(BUDGET, steps=1, seeds=(4,), optimizer=OptimizerConfig()))
+    whole.drawing({4: np.array([2, 11])}, tmp_path).run(texts)
+    assert seen == [DATA.splits["train"].arrays["tokens"][[2, 11]].tolist()]
 
 
 def test_settings_that_make_no_comparison_are_refused():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, Literal
 import jax
 import pytest
 
-from vla_jax import launching
+from vla_jax import launching, workplace
 from vla_jax.adapters.layers import layers
 from vla_jax.errors import UserError
 from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
@@ -167,7 +169,7 @@ def test_an_experiment_is_checked_recorded_and_run(experiment, tmp_path):
 
 def test_the_folder_is_named_after_experiment_and_preset(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launching, "_prepare", lambda workdir, config: None)
+    monkeypatch.setattr(workplace, "prepared", lambda *_: contextlib.nullcontext())
     launching.main(["--experiment=toy", "--config.preset=small"])
     assert experiment.ran == [(SMALL, Path("runs/toy-small"))]
 
@@ -236,12 +238,59 @@ def test_a_stopped_run_says_how_to_go_on(experiment, tmp_path, monkeypatch, caps
     def run(config, workdir):
         raise stop
 
-    monkeypatch.setattr(launching, "_prepare", lambda workdir, config: None)
+    monkeypatch.setattr(workplace, "prepared", lambda *_: contextlib.nullcontext())
     experiment.run = run
     with pytest.raises(SystemExit) as ended:
         launching.main(["--experiment=toy", f"--workdir={tmp_path}"])
     assert ended.value.code == status
     assert capsys.readouterr().err == (f"stopped; the same command goes on with what is unfinished in {tmp_path}\n")
+
+
+@pytest.fixture
+def cache_as_before():
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("cache_as_before")
+def test_sigterm_where_nothing_is_trained_ends_with_0(experiment, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    experiment.run = lambda config, workdir: signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        launching.main(["--experiment=toy", f"--workdir={tmp_path}"])
+    assert ended.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("cache_as_before")
+def test_a_work_directory_in_use_is_refused_and_free_afterwards(experiment, tmp_path):
+    command = ["--experiment=toy", f"--workdir={tmp_path}"]
+    experiment.run = lambda config, workdir: launching.main([*command, "--config.title=b"])
+    with pytest.raises(
+        UserError, match=r"another run is using the work directory .*process \d+ on .*choose another --wo"
+    ):
+        launching.main(command)
+    assert json.loads((tmp_path / "config.json").read_text())["title"] == "as ever"
+    experiment.run = lambda config, workdir: None
+    launching.main(command)
+    assert not (tmp_path / "running.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--process_id=1"], "go with --distributed; add it, or leave them"),
+        (["--distributed", "--process_id=1"], "--process_id given without --coordinator and --num_processes; give all"),
+        (["--distributed", "--coordinator=a:1", "--num_processes=2", "--process_id=2"], "allowed: 0 to 1"),
+        (["--distributed", "--coordinator=a", "--num_processes=2", "--process_id=1"], "an address with a port"),
+        (["--distributed", "--num_processes=two"], "--num_processes: invalid int value: 'two'"),
+    ],
+)
+def test_several_processes_need_all_that_tells_them_apart(experiment, arguments, message):
+    with pytest.raises(UserError, match=message):
+        launching.main(["--experiment=toy", *arguments])
+    assert not experiment.ran
 
 
 def test_a_folder_that_cannot_be_made_is_refused(experiment, tmp_path):

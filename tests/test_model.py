@@ -117,6 +117,19 @@ def test_going_on_from_a_prefix_is_the_whole_way(placements):
     np.testing.assert_array_equal(second["correct"], first["correct"])
 
 
+def test_a_model_shown_pictures_alone_goes_on_from_the_image_stream():
+    late = (Placement(Bottleneck(rank=4), "late", towers=("vision",), slots=("mlp_out",), layers="last 1"),)
+    whole = model(late, modalities=("image",), task=Classification("shapes", 2))
+    params, rows = drawn_params(whole), batch()
+    seen = {name: rows[name] for name in rows if name not in ("tokens", "text_mask")}
+    streams = jax.jit(whole.prefix)(params, seen)
+    assert {name: array.shape[:2] for name, array in streams.items()} == {"image_stream": (16, 5)}
+    cached = {name: array for name, array in seen.items() if name != "image"} | streams
+    first, second = _predict(whole, params, seen), _predict(whole, params, cached)
+    np.testing.assert_allclose(second["confidence"], first["confidence"], rtol=1e-5)
+    np.testing.assert_array_equal(second["prediction"], first["prediction"])
+
+
 def test_the_prefix_of_adapters_at_the_bottom_is_the_embeddings_and_without_adapters_the_last_block():
     rows, given = batch(), backbone()
     params = {"backbone": given.params}

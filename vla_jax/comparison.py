@@ -8,12 +8,12 @@ its checkpoint.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import io
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,31 +22,30 @@ import jax
 import numpy as np
 import optax
 
-from vla_jax import names
+from vla_jax import distributed, names
 from vla_jax.backbones.loading import Backbone
 from vla_jax.backbones.transformer import Compute
 from vla_jax.data.batches import Batches
-from vla_jax.data.cached import ArraySource, as_rows, evaluate
+from vla_jax.data.cached import Chosen, as_rows, evaluate
 from vla_jax.data.pipeline import Pipeline
 from vla_jax.data.stages import Source, Transform
 from vla_jax.errors import UserError
-from vla_jax.model import MODALITIES, AdaptedModel, Task
+from vla_jax.frozen_streams import frozen_streams
+from vla_jax.model import AdaptedModel, Task
 from vla_jax.reporting.table import write_atomically
 from vla_jax.training.checkpoint import Checkpointer, load_adapters, save_adapters
 from vla_jax.training.checkpoint_metadata import Identity
 from vla_jax.training.metrics import JsonLines, TensorBoard, read_records
 from vla_jax.training.optimizer import GroupConfig, make_optimizer
 from vla_jax.training.presets import GROUPS, preset
-from vla_jax.training.sharding import batch_sharding, place, replicated
+from vla_jax.training.sharding import place
 from vla_jax.training.step import Step, TrainState, init_state, make_eval_step, make_train_step, step_shardings
 from vla_jax.training.table import ParameterTable, ResolvedTable, Rule
 from vla_jax.training.trainer import fit
 from vla_jax.variants import Budget, Outcome, TaskData, Variant
 
+_PASS = 512  # training examples of a pass over drawn ones, at least
 _HEAD = Rule(r"heads/.*", group="head")
-
-# What of a batch the computed streams stand for, and what the new source gives anew.
-_REPLACED = ("image", "valid", "index")
 
 
 class Comparison:
@@ -73,7 +72,30 @@ class Comparison:
         """
         self.backbone, self.data, self.budget, self.compute = backbone, data, budget, compute
         self.mesh, self.folder = mesh, folder
-        self._streams: dict[tuple[tuple[str, int], ...], dict[str, ArraySource]] = {}
+        self._drawn: Mapping[int, np.ndarray] | None = None
+        self._streams: dict[tuple[Any, ...], Mapping[str, Source]] = {}
+        self._programs: dict[Variant, _Programs] = {}
+
+    def drawing(self, drawn: Mapping[int, np.ndarray], folder: Path) -> Comparison:
+        """The same comparison, in which each seed trains on examples of its own.
+
+        What is computed of the data and compiled for the last variant is shared with it, so that it costs little to go
+        through many draws of examples with one variant before the next.
+
+        Args:
+            drawn: for each seed of the budget, places in the training split.
+            folder: where its runs are kept.
+
+        Raises:
+            UserError: if examples of a seed are missing.
+        """
+        if missing := [seed for seed in self.budget.seeds if not len(drawn.get(seed, ()))]:
+            raise UserError(
+                f"no training examples are drawn for seed {missing[0]}; every seed of the budget needs some"
+            )
+        other = copy.copy(self)
+        other._drawn, other.folder = drawn, folder
+        return other
 
     def model(self, variant: Variant) -> AdaptedModel:
         """The variant's model."""
@@ -104,37 +126,36 @@ class Comparison:
         """Trains and tests a variant, or reads what is finished of it."""
         return _VariantRun(self, variant).outcome()
 
-    def parameters(self, outcome: Outcome) -> names.Tree:
-        """A finished variant's whole tree, of its first seed."""
-        return names.merge(outcome.trained, _VariantRun(self, outcome.variant)._frozen)
+    def parameters(self, outcome: Outcome, seed: int | None = None) -> names.Tree:
+        """A finished variant's whole tree, of its first seed or of another one."""
+        run = _VariantRun(self, outcome.variant)
+        trained = outcome.trained if seed is None else run._trained(outcome.learning_rate, seed)
+        return names.merge(trained, run._frozen)
 
     def sources(self, model: AdaptedModel, table: ResolvedTable) -> tuple[Mapping[str, Source], Transform]:
         """The data as a variant's model takes them: with the part that no trained weight touches already computed."""
         touched = any(row.train and row.name.startswith("backbone/") for row in table.rows)
-        if touched or model.plan.inserts_tokens or set(model.modalities) != set(MODALITIES):
+        if touched or model.plan.inserts_tokens or "image" not in model.modalities:
             return self.data.splits, self.data.transform
-        at = tuple(sorted(model.plan.first_layers().items()))
+        at = (*model.modalities, *sorted(model.plan.first_layers().items()))
         if at not in self._streams:
             # Streams are large, and variants that need the same ones usually stand together: the last ones are kept.
             self._streams.clear()
-            self._streams[at] = self._computed(model)
+            self._streams[at] = frozen_streams(model, self.data, self.budget.batch_size, self.mesh)
         return self._streams[at], as_rows
 
-    def _computed(self, model: AdaptedModel) -> dict[str, ArraySource]:
-        """Every split's streams where the model's first adapter meets them."""
-        program = jax.jit(lambda backbone, batch: model.prefix({"backbone": backbone}, batch))
-        params = place(self.backbone.params, replicated(self.mesh))
-        streams = {}
-        for split, source in self.data.splits.items():
-            rows = evaluate(
-                Pipeline(source, self.data.transform, self.budget.batch_size, training=False),
-                lambda batch: dict(program(params, batch)) | {k: a for k, a in batch.items() if k not in _REPLACED},
-                batch_sharding(self.mesh),
-                description=f"frozen part of {split}",
-            )
-            rows["position"] = rows.pop("index")
-            streams[split] = ArraySource(rows)
-        return streams
+
+@dataclasses.dataclass
+class _Programs:
+    """What is compiled for a variant, for all of its runs.
+
+    Attributes:
+        train: the training step and its memory in bytes.
+        evaluations: by task, the predictions; of the trained task at None.
+    """
+
+    train: tuple[Step, int] | None = None
+    evaluations: dict[Task | None, Step] = dataclasses.field(default_factory=dict)
 
 
 class _VariantRun:
@@ -149,7 +170,9 @@ class _VariantRun:
             described |= {"robust_drop": variant.robust_drop}
         self.identity = Identity(backbone.name, backbone.fingerprint, described)
         trainable, _ = self.table.split(self.model.shapes())
-        self._evaluations: dict[Task | None, Step] = {}
+        if variant not in comparison._programs:  # those of one variant at a time are kept, as streams are
+            comparison._programs.clear()
+        self._programs = comparison._programs.setdefault(variant, _Programs())
         self.shardings = step_shardings(self.table, trainable, self._optimizer(1.0, trainable), comparison.mesh)
 
     def outcome(self) -> Outcome:
@@ -160,7 +183,7 @@ class _VariantRun:
         best = max(validation, key=validation.get)
         results = [self._run(best, seed, self.budget.steps) for seed in seeds]
         for rate in rates:  # those that were not chosen do not go on
-            shutil.rmtree(self._folder(rate, seeds[0]) / "checkpoints", ignore_errors=True)
+            distributed.remove_folder(self._folder(rate, seeds[0]) / "checkpoints")
         return Outcome(
             variant=self.variant,
             table=self.table,
@@ -185,20 +208,19 @@ class _VariantRun:
     def _run(self, rate: float, seed: int, steps: int) -> dict[str, Any]:
         """Trains for so many steps of the schedule and measures on validation data, or reads the finished result."""
         folder = self._folder(rate, seed)
-        self._check_settings(folder / "settings.json")
+        self._check_settings(folder / "settings.json", seed)
         finished = folder / f"result_{steps}.json"
-        if finished.is_file():
-            return json.loads(finished.read_text())
+        if (result := distributed.read(finished)) is not None:
+            return json.loads(result)
         trainable, _ = self.table.split(self.model.init(jax.random.key(seed)))
         state = init_state(trainable, self._optimizer(rate, trainable), self.shardings)
         sources, transform = self._sources
-        pipeline = Pipeline(sources["train"], transform, self.budget.batch_size, training=True, seed=seed)
+        train = self._drawn(sources["train"], seed)
+        pipeline = Pipeline(train, transform, self.budget.batch_size, training=True, seed=seed)
         batches = Batches(iter(pipeline), self.shardings.batch)
         try:
             program, step_bytes = self._train_program(state, batches)
-            with Checkpointer(
-                folder / "checkpoints", self.identity, every=self.budget.checkpoint_every, keep=1
-            ) as saver:
+            with Checkpointer(folder / "checkpoints", self.identity, every=self.budget.checkpoint_every) as saver:
                 fitted = fit(
                     state,
                     self._frozen,
@@ -208,6 +230,8 @@ class _VariantRun:
                     checkpointer=saver,
                     log_every=self.budget.log_every,
                     writers=(JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")),
+                    skipped=JsonLines(folder / "skipped.jsonl"),
+                    tolerance=self.budget.tolerance,
                     description=f"{self.variant.title}, {rate:g}, seed {seed}",
                 )
         finally:
@@ -224,10 +248,22 @@ class _VariantRun:
         write_atomically(finished, json.dumps(result, indent=1))
         if steps == self.budget.steps:
             # The checkpoints served to go on from; the adapters alone are kept.
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            distributed.remove_folder(folder / "checkpoints")
         return result
 
-    def _check_settings(self, path: Path) -> None:
+    def _drawn(self, source: Source, seed: int) -> Source:
+        """What a seed trains on of the training split."""
+        drawn = self.comparison._drawn
+        if drawn is None:
+            return source
+        arrays = getattr(source, "arrays", {})
+        places = drawn[seed]
+        if "position" in arrays:
+            places = np.flatnonzero(np.isin(arrays["position"], places))
+        # A few examples stand several times in a pass: Grain shuffles three in 10 ms each, and hundreds in 0.1 ms each.
+        return Chosen(source, np.tile(places, -(-_PASS // max(len(places), 1))))
+
+    def _check_settings(self, path: Path, seed: int) -> None:
         """Refuses a folder whose run had other settings: its numbers would be taken for those of this comparison."""
         data, budget = self.comparison.data, self.budget
         settings = {
@@ -243,11 +279,13 @@ class _VariantRun:
             "examples": {name: len(source) for name, source in data.splits.items()}
             | {name: len(probe.source) for name, probe in data.probes.items()},
         }
+        if self.comparison._drawn is not None:
+            settings["drawn"] = np.sort(self.comparison._drawn[seed]).tolist()
         settings = json.loads(json.dumps(settings))
-        if not path.is_file():
+        if (found := distributed.read(path)) is None:
             write_atomically(path, json.dumps(settings, indent=1))
             return
-        stored = json.loads(path.read_text())
+        stored = json.loads(found)
         if changed := [name for name, value in settings.items() if stored.get(name, value) != value]:
             shown = "; ".join(f"{name} was {stored[name]} and is now {settings[name]}" for name in changed)
             raise UserError(
@@ -260,11 +298,12 @@ class _VariantRun:
         by_seed = []
         for seed in self.budget.seeds:
             path = self._folder(rate, seed) / f"{name}.npz"
-            if not path.is_file():
-                content = io.BytesIO()
-                np.savez_compressed(content, **self._measure(self._trained(rate, seed), name))
-                write_atomically(path, content.getvalue())
-            with np.load(path) as stored:
+            if (content := distributed.read(path)) is None:
+                made = io.BytesIO()
+                np.savez_compressed(made, **self._measure(self._trained(rate, seed), name))
+                content = made.getvalue()
+                write_atomically(path, content)
+            with np.load(io.BytesIO(content)) as stored:
                 by_seed.append(dict(stored))
         return {field: np.stack([found[field] for found in by_seed]) for field in by_seed[0]}
 
@@ -306,14 +345,15 @@ class _VariantRun:
 
     def _evaluation_program(self, task: Task | None) -> Step:
         """The compiled predictions of the trained task, or of another one."""
-        if task not in self._evaluations:
+        evaluations = self._programs.evaluations
+        if task not in evaluations:
             predict = functools.partial(self.model.predict, task=task)
-            self._evaluations[task] = make_eval_step(predict, shardings=self.shardings)
-        return self._evaluations[task]
+            evaluations[task] = make_eval_step(predict, shardings=self.shardings)
+        return evaluations[task]
 
     def _train_program(self, state: TrainState, batches: Batches) -> tuple[Step, int]:
         """The compiled training step and its memory in bytes; every learning rate and every seed is an argument."""
-        if self._compiled is None:
+        if self._programs.train is None:
             optimizer = self._optimizer(1.0, state.trainable)
             step = make_train_step(self.model.loss, optimizer, seed=0, shardings=self.shardings)
             start = batches.state()
@@ -321,10 +361,8 @@ class _VariantRun:
             batches.restore(start)
             memory = compiled.memory_analysis()
             used = int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
-            self._compiled = dataclasses.replace(step, program=compiled), used
-        return self._compiled
-
-    _compiled: tuple[Step, int] | None = None
+            self._programs.train = dataclasses.replace(step, program=compiled), used
+        return self._programs.train
 
 
 def _logged_seconds(path: Path) -> float:

@@ -7,6 +7,10 @@ An experiment is a module of ``experiments`` with three names:
 - ``check(config)``: raises a :class:`UserError` for what cannot be run, before anything is compiled, and returns what
   ``--dry_run`` prints.
 - ``run(config, workdir)``: runs it, or goes on with what is unfinished in ``workdir``.
+
+With ``--distributed`` the same command is started on every host. The processes find each other before anything touches
+a device, refuse together what one of them refuses, and check that they run the same program. The first one alone holds
+the work directory, writes and reports.
 """
 
 from __future__ import annotations
@@ -20,21 +24,48 @@ import io
 import itertools
 import pkgutil
 import sys
+import traceback
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import rich
 import tyro
 
+from vla_jax import distributed
 from vla_jax.errors import UserError, nearest, unknown
 
 _USAGE = """python launch.py --experiment=NAME [--workdir=FOLDER] [--config.preset=PRESET] [--config.FIELD=VALUE ...]
        python launch.py --list
        python launch.py --experiment=NAME --dry_run     what would be trained, without training
-       python launch.py --experiment=NAME --help        every field of the configuration"""
+       python launch.py --experiment=NAME --help        every field of the configuration
+       python launch.py --experiment=NAME --distributed [--coordinator=HOST:PORT --num_processes=N --process_id=I]
+                                                        the same on every host; the last three where JAX finds no
+                                                        cluster by itself"""
+
+_OWN_FLAGS = ("--experiment", "--workdir", "--list", "--dry_run", "--distributed")
+
+
+def command(arguments: Sequence[str]) -> NoReturn:
+    """Runs ``launch.py`` with these arguments and ends the process with its status.
+
+    0 after a finished run, and after SIGTERM once what was done is saved, as schedulers take it; 130 after Ctrl-C; 2
+    after what the user can mend, said in one line; 1 after any other error.
+    """
+    try:
+        main(arguments)
+    except UserError as error:
+        # What the user can mend is one clear line, not a traceback.
+        print(f"error: {error}", file=sys.stderr)
+        distributed.leave(2)
+    except KeyboardInterrupt:
+        distributed.leave(130)
+    except Exception:
+        traceback.print_exc()
+        distributed.leave(1)
+    sys.exit(0)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -50,6 +81,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--distributed", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
     own, rest = parser.parse_known_args(arguments)
     if own.list:
         for name, line in _experiments().items():
@@ -60,18 +95,31 @@ def main(arguments: Sequence[str]) -> None:
             print(f"usage: {_USAGE}")
             return
         raise UserError(f"no experiment given; --experiment=NAME with one of {', '.join(_experiments())}")
-    experiment = load_experiment(own.experiment)
-    config = parse_config(experiment, rest, show_help=own.help)
-    report = experiment.check(config)
+    if own.distributed:
+        distributed.start(own.coordinator, own.num_processes, own.process_id)
+        distributed.only_first_speaks()
+    elif {own.coordinator, own.num_processes, own.process_id} != {None}:
+        raise UserError(
+            "--coordinator, --num_processes and --process_id go with --distributed; add it, or leave them out"
+        )
+    with distributed.together():
+        experiment = load_experiment(own.experiment)
+        config = parse_config(experiment, rest, show_help=own.help)
+        report = experiment.check(config)
     if own.dry_run:
         rich.print(report)
         return
+    from vla_jax import workplace  # and with it JAX, for which --list does not wait
+
     workdir = Path(own.workdir or f"runs/{own.experiment}-{config.preset}")
-    _prepare(workdir, config)
     try:
-        experiment.run(config, workdir)
+        with workplace.prepared(workdir, experiment, config):
+            experiment.run(config, workdir)
     except (KeyboardInterrupt, SystemExit) as stopped:
-        print(f"stopped; the same command goes on with what is unfinished in {workdir}", file=sys.stderr)
+        if distributed.is_first():
+            print(f"stopped; the same command goes on with what is unfinished in {workdir}", file=sys.stderr)
+        if distributed.several() and isinstance(stopped, KeyboardInterrupt):
+            raise
         raise SystemExit(130 if isinstance(stopped, KeyboardInterrupt) else stopped.code) from None
 
 
@@ -103,7 +151,7 @@ def parse_config(experiment: ModuleType, arguments: Sequence[str], *, show_help:
     fields = dict(_fields(preset, "--config"))
     for flag, _ in given:
         if flag not in fields:
-            near = nearest(flag, ["--experiment", "--workdir", "--list", "--dry_run", *fields])
+            near = nearest(flag, [*_OWN_FLAGS, *fields])
             hint = f"did you mean {' or '.join(near)}?" if near else "--help lists every field"
             raise UserError(f"unknown argument {flag}; {hint}")
     spelled = [_spelled(flag, values, fields[flag]) for flag, values in given]
@@ -216,22 +264,3 @@ def _experiments() -> dict[str, str]:
         text = ast.get_docstring(ast.parse(source)) or ""
         found[module.name] = text.partition("\n")[0]
     return found
-
-
-def _prepare(workdir: Path, config: Any) -> None:
-    """Makes the work directory and lets compiled programs outlive the process, so that going on costs no compiling."""
-    import jax
-    from absl import logging
-
-    from vla_jax.training.metrics import run_record
-
-    # TFDS and Orbax tell at length, through absl, what nobody needs to know of a run; their errors stay.
-    logging.set_verbosity(logging.ERROR)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the work directory {workdir} cannot be made: {error}; choose another with --workdir"
-        ) from None
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-    run_record(workdir, config)

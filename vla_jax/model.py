@@ -152,7 +152,9 @@ class AdaptedModel:
         image = pairing.images(image, repeat=repeat)
         if streams:
             at = self.plan.first_layers()
-            stream = batch["text_stream"] if fixed is None else for_each(self._text_stream(params, fixed))
+            stream = None
+            if shown["text"]:
+                stream = batch["text_stream"] if fixed is None else for_each(self._text_stream(params, fixed))
             after = Prefix(image, pairing.text(stream, repeat=repeat), at["vision"], at["text"])
         route = batch.get("mixture", batch.get("route")) if routed else None
         output = self.clip.apply(
@@ -199,24 +201,44 @@ class AdaptedModel:
             return task.predict({}, output, batch)
         return self.task.predict(params["heads"][self.task.name], output, batch)
 
-    def prefix(self, params: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """Both streams where the first adapter meets them, of the plain backbone, without texts of a task's own."""
+    def prefix(self, params: Tree, batch: Batch, towers: Sequence[str] | None = None) -> dict[str, jax.Array]:
+        """The streams where the first adapter meets them, of the plain backbone.
+
+        Args:
+            params: the whole tree, or its ``backbone`` alone.
+            batch: ``image`` for the vision tower, ``tokens`` and ``text_mask`` for the text tower.
+            towers: which; :attr:`streamed_towers` if None.
+
+        Returns:
+            ``image_stream`` and ``text_stream``, ``[batch, tokens, width]``, with an axis more after the batch where
+            examples have several pictures or texts.
+        """
         at = self.plan.first_layers()
-        own = fixed_texts(self.task) is None
-        pairing = Pairing.of(batch["image"], 4, batch["tokens"] if own else None)
+        towers = self.streamed_towers if towers is None else towers
+        image = batch["image"] if "vision" in towers else None
+        tokens, mask = (batch["tokens"], batch["text_mask"]) if "text" in towers else (None, None)
+        pairing = Pairing.of(image, 4, tokens)
         prefix = self.clip.apply(
             {"params": params["backbone"]},
-            pairing.images(batch["image"], repeat=False),
-            pairing.text(batch["tokens"], repeat=False) if own else None,
-            pairing.text(batch["text_mask"], repeat=False) if own else None,
-            image_layers=at["vision"],
-            text_layers=at["text"],
+            pairing.images(image, repeat=False),
+            pairing.text(tokens, repeat=False),
+            pairing.text(mask, repeat=False),
+            image_layers=at["vision"] if image is not None else 0,
+            text_layers=at["text"] if tokens is not None else 0,
             method="prefix",
         )
-        streams = {"image_stream": prefix.image.reshape(*_lead(batch["image"], 4), *prefix.image.shape[1:])}
-        if own:
-            streams["text_stream"] = prefix.text.reshape(*_lead(batch["tokens"], 2), *prefix.text.shape[1:])
+        streams = {}
+        if image is not None:
+            streams["image_stream"] = prefix.image.reshape(*_lead(image, 4), *prefix.image.shape[1:])
+        if tokens is not None:
+            streams["text_stream"] = prefix.text.reshape(*_lead(tokens, 2), *prefix.text.shape[1:])
         return streams
+
+    @property
+    def streamed_towers(self) -> tuple[str, ...]:
+        """The towers whose streams are made of the batch: not of what is not shown, nor of texts of a task's own."""
+        vision = ("vision",) if "image" in self.modalities else ()
+        return (*vision, "text") if "text" in self.modalities and fixed_texts(self.task) is None else vision
 
     def _text_stream(self, params: Tree, texts: tuple[np.ndarray, np.ndarray]) -> jax.Array:
         """The stream of fixed texts where the first adapter meets it."""

@@ -19,6 +19,7 @@ from vla_jax.data.scenes.vocabulary import STATEMENT_KINDS
 from vla_jax.data.sources import load_source, make_builder
 from vla_jax.data.stages import Source
 from vla_jax.data.text import Tokenize
+from vla_jax.data.twin_pairs import Negatives, TwinPairs
 from vla_jax.errors import UserError, unknown
 from vla_jax.model import Task
 from vla_jax.tasks.classification import Classification
@@ -148,6 +149,23 @@ def _test_scenes(kind: str, backbone: Backbone, sizes: Sizes, count: int) -> Sou
     name = f"{kind}_{scene.image_size}_{count}"
     built = ScenesConfig(name=name, kind=kind, scene=scene, train=1, validation=1, test=count)
     return load_source("scenes", "test", sizes.data_dir, built)
+
+
+def twin_pairs(
+    negatives: Negatives, sizes: Mapping[str, int], backbone: Backbone, data_dir: str
+) -> dict[str, TwinPairs]:
+    """Pairs of twins of the backbone's size as pairs to judge.
+
+    Args:
+        negatives: where false captions come from.
+        sizes: by split, pairs of twins; each gives four pairs to judge.
+        backbone: the backbone.
+        data_dir: where data sets are built and kept.
+    """
+    scene = SceneConfig(image_size=backbone.config.image_size)
+    name = "_".join(map(str, ["twins", scene.image_size, *sizes.values()]))
+    built = ScenesConfig(name=name, kind="twins", scene=scene, **sizes)
+    return {split: TwinPairs(load_source("scenes", split, data_dir, built), negatives) for split in sizes}
 
 
 def _statements(sizes: Sizes, backbone: Backbone) -> tuple[TransformExample, dict[str, Source]]:

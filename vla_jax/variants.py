@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from vla_jax.model import MODALITIES, Task
 from vla_jax.names import Tree
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.table import ResolvedTable
+from vla_jax.training.tolerance import Tolerance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Budget:
             Where it is None they share one, and a method that learns best slowly has a head that has learnt little.
         checkpoint_every: steps between checkpoints.
         log_every: steps between logged ones.
+        tolerance: what runs bear before they stop.
     """
 
     steps: int = 400
@@ -74,6 +77,7 @@ class Budget:
     head_rate: float | None = None
     checkpoint_every: int = 200
     log_every: int = 20
+    tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
 
     def __post_init__(self):
         if not self.seeds:
@@ -124,12 +128,15 @@ class TaskData:
         splits: raw examples of ``train``, ``validation`` and ``test``.
         transform: makes a row of a raw example.
         probes: by name, what else every chosen run makes predictions for.
+        streams: folder in which is kept, for later runs, what frozen blocks make of pictures and texts; in memory
+            alone if None.
     """
 
     task: Task
     splits: Mapping[str, Source]
     transform: Transform
     probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)
+    streams: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import numpy as np
 
 from vla_jax.data.image import UnreadablePicture
@@ -25,3 +28,19 @@ class Wearing:
 
     def __getitem__(self, index):
         return {"value": index, "bad": index >= 1200}
+
+
+class Halting:
+    """Forty examples; the thirteenth may never come, for the first process that asks for it."""
+
+    def __init__(self, folder, halt):
+        self.flag, self.halt = Path(folder) / "halted", halt
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if self.halt == "once" and index == 12 and not self.flag.exists():
+            self.flag.touch()
+            time.sleep(600)
+        return {"value": index}

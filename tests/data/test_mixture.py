@@ -214,7 +214,7 @@ def test_processes_share_each_global_batch(kind, by):
     for step, batch in enumerate(whole):
         assert len({getattr(share[step], "task", None) for share in (whole, *shares)}) == 1
         for name in ("value", "noise"):
-            joined = np.stack([share[step][name] for share in shares], axis=1).reshape(-1)
+            joined = np.concatenate([share[step][name] for share in shares])
             np.testing.assert_array_equal(joined, batch[name])
 
 

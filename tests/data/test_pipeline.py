@@ -160,7 +160,7 @@ def test_processes_share_each_global_batch(training, processes):
             assert {len(share) for share in shares} == {6 // processes}
             if name == "value" and not batch["valid"].all():
                 continue  # what fills up an evaluation batch says nothing
-            np.testing.assert_array_equal(np.stack(shares, axis=1).reshape(-1), batch[name])
+            np.testing.assert_array_equal(np.concatenate(shares), batch[name])  # row by row
 
 
 def test_evaluation_gives_every_example_once_and_fills_up():
@@ -202,6 +202,45 @@ def test_resuming_is_exact(training, workers):
                 assert len(plain) == len(before + after)
                 if not training:
                     assert_same(before + after, plain)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1)])
+def test_another_number_of_processes_goes_on_with_the_same_batches(before, after):
+    source = examples(20)
+    whole = take(pipeline(source, 6), 9)
+    states = []
+    for index in range(before):
+        own = pipeline(source, 6, process_index=index, process_count=before)
+        with started(own) as iterator, started(own) as middle:
+            next(iterator)
+            middle.restore({"position": iterator.state()["position"]})  # what went on once may go on again
+            list(islice(middle, 3))
+            states.append(json.loads(json.dumps(middle.state())))
+    assert all(state["position"] == states[0]["position"] for state in states)
+    for index in range(after):
+        with started(pipeline(source, 6, process_index=index, process_count=after)) as iterator:
+            iterator.restore({"position": states[0]["position"]})
+            for batch, expected in zip(islice(iterator, 5), whole[4:], strict=True):
+                own = slice(index * 6 // after, (index + 1) * 6 // after)
+                np.testing.assert_array_equal(batch["noise"], expected["noise"][own])
+    with started(pipeline(source, 6, process_index=0, process_count=before)) as iterator:
+        iterator.restore(states[0])
+        np.testing.assert_array_equal(next(iterator)["noise"], whole[4]["noise"][: 6 // before])
+
+
+def test_a_position_is_for_the_same_batches_alone():
+    with started(pipeline(examples(20), 6)) as iterator:
+        next(iterator)
+        position = iterator.state()["position"]
+    with (
+        started(pipeline(examples(20), 4, process_index=0, process_count=2)) as other,
+        pytest.raises(UserError, match="batch_size was 6 and is now 4"),
+    ):
+        other.restore({"position": position})
+    # Processes that pass over pictures do not stand at one place.
+    with started(pipeline(examples(20, bad=range(4)), 4, max_bad_share=0.5)) as iterator:
+        list(islice(iterator, 5))
+        assert iterator.state()["position"] is None
 
 
 def test_resuming_with_another_setup_is_an_error():
@@ -279,6 +318,7 @@ def test_other_errors_are_not_swallowed():
         ({"seed": -1}, "seed -1"),
         ({"workers": -1}, "workers -1"),
         ({"max_bad_share": 1.0}, "max_bad_share 1.0"),
+        ({"patience": 0.0}, "patience 0.0"),
         ({"source": []}, "no example"),
     ],
 )

@@ -6,9 +6,12 @@ import builtins
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
 from vla_jax.errors import UserError
+from vla_jax.evaluation.exact_ranks import Before
 from vla_jax.evaluation.ranking import approximate_top, exact_top, pair_scorer, rerank
+from vla_jax.evaluation.retrieval import judge
 
 
 def drawn(count, seed):
@@ -93,6 +96,35 @@ def test_ties_stand_before_the_right_one_and_other_right_ones_do_not_count():
     assert (1, -1) not in asked
 
 
+def test_several_right_candidates_are_followed_each_and_give_mean_average_precision():
+    generator = np.random.default_rng(3)
+    owner = generator.permutation(np.repeat(np.arange(12), 3))  # which query each of 36 candidates belongs to
+    first, second = generator.standard_normal((2, 12, 36))
+    at_first = counted(first, owner)
+    top = np.argsort(-first, axis=1)[:, :10]
+    right = owner[top] == np.arange(12)[:, None]
+    found = rerank(at_first, top, right, lambda q, c: second[q, c])
+    # The whole order afterwards: the best of the first stage by the second, then the others as they were.
+    order = np.full((12, 36), -np.inf)
+    np.put_along_axis(order, top, 1000 + np.take_along_axis(second, top, axis=1), axis=1)
+    order = np.where(np.isneginf(order), first, order)
+    np.testing.assert_array_equal(found, counted(order, owner))
+    np.testing.assert_array_equal(rerank(at_first[:, 0], top, right, lambda q, c: second[q, c]), found[:, 0])
+    assert (right.sum(1) > 1).any()
+    assert not right.any(1).all()
+
+    of_texts = np.array([0] * 36)
+    judged = judge(Before(found, of_texts), owner, at=(1,)).image_to_text
+    expected = [average_precision_score(owner == query, order[query]) for query in range(12)]
+    assert judged.mean_average_precision == pytest.approx(np.mean(expected))
+
+
+def counted(scores, owner):
+    """Wrong candidates before each right one, the best first."""
+    rows = [[(scores[q][owner != q] >= s).sum() for s in -np.sort(-scores[q][owner == q])] for q in range(len(scores))]
+    return np.array(rows)
+
+
 def test_queries_without_a_right_one_among_the_best_are_not_scored():
     def never(queries, candidates):
         assert len(queries) == len(candidates) == 0
@@ -126,6 +158,8 @@ def test_a_pair_scorer_asks_a_model_for_every_pair(text_queries):
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="k must lie between 1 and 5"):
         exact_top(drawn(3, 0), drawn(5, 1), 6)
+    with pytest.raises(UserError, match="query 0 has 2 right candidates among its best and 1 in all"):
+        rerank(np.array([[0, -1]]), np.array([[1, 2]]), np.array([[True, True]]), None)
     with pytest.raises(UserError, match="width 12 and candidates of 4"):
         exact_top(drawn(3, 0), np.ones((5, 4)), 2)
     with pytest.raises(UserError, match="none of them NaN"):

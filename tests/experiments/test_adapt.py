@@ -189,11 +189,19 @@ def test_every_task_has_generated_scenes(task, config, tmp_path, tmp_path_factor
 @pytest.mark.slow
 def test_class_names_can_be_the_classifier_and_frozen_streams_change_nothing(config, folder, tmp_path):
     named = dataclasses.replace(config, setup=Setup(classifier="names", templates=("a {} square", "a {} picture")))
-    kept, anew = (run(dataclasses.replace(named, kept_gib=size), tmp_path / str(size)) for size in (1.0, 0.0))
-    for one, other in zip(kept, anew, strict=True):
-        assert one["correct"] == other["correct"]
-    scores = [[line["confidence"] for line in predictions(tmp_path / name)] for name in ("1.0", "0.0")]
-    np.testing.assert_allclose(*scores, rtol=1e-4)
+    ways = {"memory": {}, "disk": {"streams_dir": str(tmp_path / "streams")}, "anew": {"kept_gib": 0.0}}
+    found = {way: run(dataclasses.replace(named, **changes), tmp_path / way) for way, changes in ways.items()}
+    for kept, disk, anew in zip(*found.values(), strict=True):
+        assert kept["correct"] == disk["correct"] == anew["correct"]
+    kept, disk, anew = ([line["confidence"] for line in predictions(tmp_path / way)] for way in ways)
+    assert kept == disk
+    np.testing.assert_allclose(kept, anew, rtol=1e-4)
+
+
+def test_streams_that_differ_from_pass_to_pass_are_not_kept(config, tmp_path):
+    changed = dataclasses.replace(config, setup=Setup(augment="crop"), streams_dir=str(tmp_path / "streams"))
+    with pytest.raises(UserError, match=r"pictures are augmented \(crop\)"):
+        run(changed, tmp_path / "run")
 
 
 @pytest.mark.parametrize("method", METHODS)

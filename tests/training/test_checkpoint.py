@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from orbax.checkpoint import v1 as ocp
 
 from vla_jax import names
 from vla_jax.errors import UserError
+from vla_jax.training import checkpoint
 from vla_jax.training.checkpoint import Checkpointer, load_adapters, save_adapters
+from vla_jax.training.checkpoint_folder import absolute, check_whole
 from vla_jax.training.checkpoint_metadata import Identity
 from vla_jax.training.step import TrainState
 
@@ -313,6 +316,113 @@ def test_leftovers_of_a_killed_save_are_ignored(tmp_path: Path) -> None:
         assert checkpointer.save(2, state)
     assert not leftover.exists()
     assert load_adapters(tmp_path)[1].step == 2
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    with Checkpointer(folder, IDENTITY, every=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, train_state(trained(), step))
+    return folder
+
+
+DAMAGES = {
+    "truncated": (lambda content: content[: len(content) // 2], "bytes and had"),
+    "altered": (lambda content: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:], "has another content"),
+    "missing": (None, "is missing"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_every_damaged_file_is_named(two_steps: Path, tmp_path: Path, how: str) -> None:
+    newest = two_steps / "2"
+    names_of_files = [str(file.relative_to(newest)) for file in newest.rglob("*") if file.is_file()]
+    names_of_files.remove("commit_success.txt")  # Orbax's note, which nobody reads here
+    assert {"checksums.json", "_CHECKPOINT_METADATA", "data/data"} & set(names_of_files)
+    change, message = DAMAGES[how]
+    for name in names_of_files:
+        own = tmp_path / name.replace("/", "_")
+        shutil.copytree(two_steps, own)
+        file = own / "2" / name
+        if change is None:
+            file.unlink()
+        else:
+            file.write_bytes(change(file.read_bytes()))
+        if name == "checksums.json" and how == "missing":
+            continue  # as of an earlier version: see below
+        with pytest.raises(
+            UserError, match="The checkpoint of step 1 before it is whole: to go on from there"
+        ) as refused:
+            check_whole(absolute(own / "2"))
+        assert name in str(refused.value)
+        if name not in ("checksums.json", "_CHECKPOINT_METADATA"):
+            assert message in str(refused.value)
+
+
+def test_a_damaged_checkpoint_is_not_loaded(two_steps: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(two_steps, tmp_path / "run")
+    newest = tmp_path / "run" / "2"
+    victim = newest / "optimizer" / "manifest.ocdbt"
+    victim.write_bytes(victim.read_bytes()[:-3])
+    state = train_state(trained())
+    with Checkpointer(tmp_path / "run", IDENTITY, every=1) as checkpointer:
+        with pytest.raises(UserError, match=r"is damaged, nothing was loaded: optimizer/manifest.ocdbt has \d+ bytes"):
+            checkpointer.restore(state)
+        assert int(checkpointer.restore(state, step=1).state.step) == 1
+    load_adapters(newest)  # which needs no file of the optimiser
+    (newest / "_CHECKPOINT_METADATA").unlink()
+    with pytest.raises(UserError, match=r"_CHECKPOINT_METADATA cannot be read .*step 1 before it is whole"):
+        load_adapters(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "1")
+    with pytest.raises(UserError, match="There is no whole checkpoint before it; to start anew"):
+        load_adapters(tmp_path / "run")
+    assert "unchecked" not in caplog.text
+
+
+def test_checkpoints_without_checksums_are_used_and_said_to_be_unchecked(
+    two_steps: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(two_steps / "2", tmp_path / "2")
+    (tmp_path / "2" / "checksums.json").unlink()
+    assert_equal(load_adapters(tmp_path)[0], trained())
+    assert f"{tmp_path / '2'} has no checksums: it is used as it is, unchecked" in caplog.text
+
+
+def test_adapters_saved_alone_have_checksums_too(tmp_path: Path) -> None:
+    save_adapters(tmp_path / "alone", trained(), IDENTITY, step=0)
+    victim = tmp_path / "alone" / "adapters" / "_METADATA"
+    victim.write_text(victim.read_text().replace("16", "17"))
+    with pytest.raises(UserError, match="is damaged, nothing was loaded: adapters/_METADATA has another content"):
+        load_adapters(tmp_path / "alone")
+    save_adapters(tmp_path / "alone", trained(), IDENTITY, step=0)
+    load_adapters(tmp_path / "alone")
+
+
+def test_a_position_of_the_data_serves_another_number_of_processes(tmp_path: Path) -> None:
+    """What two processes would have saved, of whom only one is left."""
+    state = train_state(trained(), 1)
+    tell = checkpoint.distributed.gather
+
+    def saved_by_two(folder: Path, *others: object) -> Path:
+        with pytest.MonkeyPatch.context() as patched:
+            both = [json.dumps({"json": other}) for other in others]
+            patched.setattr(checkpoint.distributed, "gather", lambda text: both if text.startswith("{") else tell(text))
+            with Checkpointer(folder, IDENTITY, every=1) as checkpointer:
+                checkpointer.save(1, state, None)
+        return folder
+
+    position = {"batches": 3}
+    same = saved_by_two(tmp_path / "same", {"position": position, "at": 1}, {"position": position, "at": 2})
+    with Checkpointer(same, IDENTITY, every=1) as checkpointer:
+        assert checkpointer.restore(state).data_state == {"position": position}
+    for other in ({"position": {"batches": 4}}, {"position": None}, {"at": 2}, "text"):
+        apart = saved_by_two(tmp_path / str(hash(str(other))), {"position": position}, other)
+        with (
+            Checkpointer(apart, IDENTITY, every=1) as checkpointer,
+            pytest.raises(UserError, match=r"saved by 2 processes and is resumed by 1, .*Resume with 2 processes"),
+        ):
+            checkpointer.restore(state)
 
 
 def test_what_is_not_there(tmp_path: Path, saved_run: Path) -> None:

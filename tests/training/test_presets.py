@@ -27,6 +27,8 @@ TOWERS = CLIPConfig.preset("vit_b_16").towers
         ("layer_norm", (2 * 12 + 2) * 2 * 768 + (2 * 12 + 1) * 2 * 512),
         ("projection", 768 * 512 + 512 * 512),
         ("full", 149_620_737),
+        # Without the text tower (63,428,096 with its projection) and the temperature.
+        ("image_tower", 86_192_640),
         ("adapters", 0),
         ("lora_plus", 0),
         ("linear_probe", 0),

@@ -240,6 +240,48 @@ def test_frozen_leaves_may_be_bfloat16_while_updates_stay_float32():
     assert frozen["backbone"]["kernel"].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("broken", ["loss", "gradient alone"])
+def test_a_step_that_is_not_finite_changes_nothing(broken: str, accumulate: int) -> None:
+    """Three batches with a broken one between them are the three batches, moments, counts and schedule included."""
+    tree = {"heads": {"kernel": jnp.ones((3, 2))}, "backbone": {"kernel": jnp.ones((3, 3))}}
+    table = ParameterTable(preset("linear_probe")).resolve(tree)
+    trainable, frozen = table.split(tree)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, accumulate=accumulate), table, trainable, 4)
+
+    def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        y = batch["x"] @ params["backbone"]["kernel"] @ params["heads"]["kernel"]
+        # At zero the root is finite, and its slope is not.
+        root = jnp.sqrt(jnp.abs(params["heads"]["kernel"][0, 0]) * batch["root"])
+        return (y**2).mean() + root, {}
+
+    step = make_train_step(loss, optimizer, seed=0)
+    generator = np.random.default_rng(0)
+    batches = [{"x": generator.normal(size=(4, 3)).astype(np.float32), "root": np.float32(1)} for _ in range(3)]
+    bad = dict(batches[0])
+    if broken == "loss":
+        bad["x"] = bad["x"] * np.float32(np.nan)
+    else:
+        bad["root"] = np.float32(0)
+
+    def run(given: list[Any]) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+        state, told = init_state(trainable, optimizer), []
+        for batch in given:
+            state, metrics = step(state, frozen, batch)
+            told.append(metrics)
+        return state, told
+
+    clean, told = run(batches)
+    assert [int(metrics["skipped"]) for metrics in told] == [0, 0, 0]
+    state, told = run([batches[0], bad, *batches[1:]])
+    assert [int(metrics["skipped"]) for metrics in told] == [0, 1, 0, 0]
+    assert np.isfinite(told[1]["loss"]) == (broken != "loss")
+    assert not np.isfinite(told[1]["gradient_norm"])
+    assert told[1]["learning_rate"] == told[0]["learning_rate"]
+    assert (int(clean.step), int(state.step)) == (3, 4)
+    jax.tree.map(np.testing.assert_array_equal, state.replace(step=clean.step), clean)
+
+
 def test_own_metric_names_and_seeds_out_of_range_are_refused():
     def taken(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         loss = params["heads"]["kernel"].sum()

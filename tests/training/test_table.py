@@ -153,6 +153,7 @@ def test_presets_train_what_they_say():
     expected = {
         "adapters": added,
         "full": set(flat),
+        "image_tower": added | {name for name in flat if name.startswith("backbone/vision/")},
         "linear_probe": heads,
         "bitfit": added | {f"{module}/bias" for module in vision + norms},
         "layer_norm": added | {f"{norm}/{leaf}" for norm in norms for leaf in ("scale", "bias")},

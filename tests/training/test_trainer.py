@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
 import signal
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,74 +22,14 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from tensorboardX.proto import event_pb2
 from toy_pictures import Pictures, to_row
+from toy_training import FROZEN, STEP, Numbers, assert_same, new_checkpointer, new_state, values
 
 from vla_jax.data.batches import Batches
 from vla_jax.data.pipeline import Pipeline
 from vla_jax.errors import UserError
-from vla_jax.training.checkpoint import Checkpointer
-from vla_jax.training.checkpoint_metadata import Identity
 from vla_jax.training.metrics import JsonLines, TensorBoard, read_records, run_record
-from vla_jax.training.step import TrainState, init_state, make_train_step
+from vla_jax.training.step import TrainState
 from vla_jax.training.trainer import Fitted, Interrupted, NonFiniteError, fit
-
-IDENTITY = Identity("toy", "abc", {"method": "linear"})
-FROZEN = {"backbone": {"kernel": jnp.linspace(-1, 1, 32).reshape(4, 8)}}
-CLOCK = {"first_step_seconds", "seconds_per_step", "examples_per_second", "peak_memory_bytes"}
-
-
-class Numbers:
-    """Batches that follow from their position alone; ``hook`` is called with the position of each batch drawn."""
-
-    def __init__(self, end: int = 1000, hook: Callable[[int], None] = lambda position: None):
-        self.position, self.end, self.hook = 0, end, hook
-
-    def __next__(self) -> dict[str, jax.Array]:
-        if self.position == self.end:
-            raise StopIteration
-        self.hook(self.position)
-        rng = np.random.default_rng(self.position)
-        self.position += 1
-        image = rng.normal(size=(6, 4)).astype(np.float32)
-        return {"image": jnp.asarray(image), "label": jnp.asarray(image.sum(1) > 0, jnp.int32)}
-
-    def state(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        self.position = state["position"]
-
-
-def loss_function(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    kept = jax.random.bernoulli(key, 0.8, (6, 4))  # Dropout, so that the keys must resume too.
-    features = jnp.tanh((batch["image"] * kept) @ (params["backbone"]["kernel"] + params["adapters"]["kernel"]))
-    logits = features @ params["heads"]["kernel"]
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-    return loss, {"accuracy": (logits.argmax(-1) == batch["label"]).mean()}
-
-
-OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.05, 40)))
-STEP = make_train_step(loss_function, OPTIMIZER, seed=3)
-
-
-def new_state() -> TrainState:
-    key = jax.random.key(1)
-    tree = {"adapters": {"kernel": jnp.zeros((4, 8))}, "heads": {"kernel": jax.random.normal(key, (8, 2))}}
-    return init_state(tree, OPTIMIZER)
-
-
-def new_checkpointer(folder: Path, every: int = 4) -> Checkpointer:
-    return Checkpointer(folder / "checkpoints", IDENTITY, every=every)
-
-
-def values(fitted: Fitted | list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The history by step, without what the clock says."""
-    history = fitted.history if isinstance(fitted, Fitted) else fitted
-    return {record["step"]: {k: v for k, v in record.items() if k not in CLOCK} for record in history}
-
-
-def assert_same(one: Any, other: Any) -> None:
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 class Killed(BaseException):
@@ -214,6 +155,28 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return shown
 
 
+def test_a_line_that_is_not_written_whole_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write(1, {"loss": 1.0})
+    opened = Path.open
+
+    class Full(io.FileIO):
+        def write(self, content: bytes) -> int:
+            if len(content) < 10:
+                raise OSError(28, "No space left on device")
+            return super().write(content[:7])
+
+    monkeypatch.setattr(Path, "open", lambda path, mode, **_: Full(path, mode))
+    with pytest.raises(OSError, match="No space left"):
+        lines.write(2, {"loss": 2.0})
+    monkeypatch.setattr(Path, "open", opened)
+    lines.write(3, {"loss": 3.0, "examples": [4, 5], "why": "nan", "nothing": None})
+    assert [json.loads(line) for line in lines.path.read_text().splitlines()] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 3, "loss": 3.0, "examples": [4, 5], "why": "nan", "nothing": None},
+    ]
+
+
 def test_json_lines_survive_a_torn_line_and_keep_to_json(tmp_path: Path) -> None:
     path = tmp_path / "deeper" / "metrics.jsonl"
     lines = JsonLines(path)
@@ -262,9 +225,9 @@ def test_a_loss_that_is_not_finite_without_checkpoints() -> None:
         fit(new_state(), FROZEN, breaks_at(3, "loss"), Numbers(), 14, log_every=5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_leaves_a_checkpoint_of_the_step_in_progress(
-    tmp_path: Path, uninterrupted: Fitted, number: signal.Signals
+    tmp_path: Path, uninterrupted: Fitted, number: signal.Signals, status: int
 ) -> None:
     before = signal.getsignal(number)
 
@@ -274,7 +237,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_in_progress(
 
     with new_checkpointer(tmp_path) as checkpointer, pytest.raises(Interrupted) as raised:
         fit(new_state(), FROZEN, STEP, Numbers(hook=hook), 14, checkpointer=checkpointer)
-    assert raised.value.code == 128 + number
+    assert raised.value.code == status
     assert signal.getsignal(number) is before
     with new_checkpointer(tmp_path) as checkpointer:
         assert checkpointer.latest_step() == 6

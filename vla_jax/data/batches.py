@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
 from vla_jax.data.pipeline import BatchIterator
+from vla_jax.errors import UserError
 
 
 class Batches(Iterator[dict[str, jax.Array]]):
@@ -57,7 +59,7 @@ class Batches(Iterator[dict[str, jax.Array]]):
         """
         self._ahead.clear()
         self._iterator.restore(state)
-        self._state = dict(state)
+        self._state = self._iterator.state()
 
     def close(self) -> None:
         """Ends the pipeline's threads and worker processes."""
@@ -71,5 +73,15 @@ class Batches(Iterator[dict[str, jax.Array]]):
             except StopIteration:
                 return
             # A batch may be more than a dict: one of a mixture says which task it is of.
-            arrays = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self._sharding, rows), batch)
+            arrays = jax.tree.map(self._placed, batch)
             self._ahead.append((arrays, self._iterator.state()))
+
+    def _placed(self, rows: np.ndarray) -> jax.Array:
+        array = jax.make_array_from_process_local_data(self._sharding, rows)
+        if array.shape[0] != len(rows) * jax.process_count():
+            raise UserError(
+                "the mesh gives the same rows of a batch to several processes, which read different ones: its axis "
+                "tensor, along which a batch is whole, reaches over processes. Choose a size of it that divides the "
+                f"{jax.local_device_count()} devices of a process"
+            )
+        return array

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
 from vla_jax.data.batches import Batches
 from vla_jax.data.pipeline import Pipeline
+from vla_jax.data.stages import Source
+from vla_jax.distributed import is_first, on_host
 
 
 class ArraySource:
@@ -29,6 +30,24 @@ class ArraySource:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: array[index] for name, array in self.arrays.items()}
+
+
+class Chosen:
+    """Some examples of a source, in the order of their places.
+
+    Attributes:
+        source: all of them.
+        places: int ``[chosen]``, where they stand in it.
+    """
+
+    def __init__(self, source: Source, places: np.ndarray):
+        self.source, self.places = source, np.asarray(places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.source[int(self.places[index])]
 
 
 def as_rows(example: Mapping[str, Any], generator: np.random.Generator | None = None) -> dict[str, np.ndarray]:
@@ -62,11 +81,12 @@ def evaluate(
     gathered: dict[str, np.ndarray] = {}
     count = 0
     try:
-        for batch in tqdm(batches, total=len(pipeline), desc=description, disable=None if description else True):
+        hidden = None if description and is_first() else True
+        for batch in tqdm(batches, total=len(pipeline), desc=description, disable=hidden):
             results = dict(compute(batch)) | {name: batch[name] for name in (*keep, "index")}
-            valid = _on_host(batch["valid"])
+            valid = on_host(batch["valid"])
             for name, value in results.items():
-                rows = _on_host(value)[valid]
+                rows = on_host(value)[valid]
                 if name not in gathered:
                     # In place from the start: results may fill most of the memory, and joining them would double them.
                     gathered[name] = np.empty((len(pipeline.source), *rows.shape[1:]), rows.dtype)
@@ -78,10 +98,3 @@ def evaluate(
     order = np.argsort(gathered["index"][:count], kind="stable") if gathered else []
     ordered = np.array_equal(order, np.arange(count))
     return {name: array[:count] if ordered else array[:count][order] for name, array in gathered.items()}
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    """A batch's array whole, also where other processes hold parts of it."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)

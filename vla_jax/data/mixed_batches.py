@@ -167,7 +167,9 @@ class MixedBatchIterator(BatchIterator):
 
     def state(self) -> dict[str, Any]:
         """See :meth:`BatchIterator.state`."""
-        return super().state() | {"mixture": self._mixture.setup(), "drawn": self._drawn.tolist()}
+        # Each process counts what it has drawn itself, so that another number of them cannot go on from here.
+        own = {"mixture": self._mixture.setup(), "drawn": self._drawn.tolist(), "position": None}
+        return super().state() | own
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See :meth:`BatchIterator.restore`.

@@ -14,11 +14,9 @@ Both count the pictures passed over, name them in the log, and end the run when 
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +25,12 @@ import jax
 import numpy as np
 from absl import flags
 
+from vla_jax.data.batch_iterator import ENOUGH_TO_JUDGE, BatchIterator
 from vla_jax.data.boxes import View
-from vla_jax.data.stages import FillBatch, FullBatches, Gap, Guarded, Numbered, Row, Source, Transform
+from vla_jax.data.stages import FillBatch, FullBatches, Gap, Guarded, Numbered, Row, Share, Source, Transform
 from vla_jax.errors import UserError, unknown
 
-_log = logging.getLogger(__name__)
-
-# Before this many examples a share says little: one bad picture among the first ten is 10 %.
-_ENOUGH_TO_JUDGE = 1000
-
+__all__ = ["BatchIterator", "Part", "Pipeline", "TransformExample"]
 
 Part = Callable[[Mapping[str, Any], Sequence[View], np.random.Generator | None], Row]
 """What a task adds to a row: of the raw example, the views of its pictures and the generator (None in evaluation)."""
@@ -67,6 +62,11 @@ class TransformExample:
     route: int = 0
     parts: tuple[Part, ...] = ()
 
+    @property
+    def image_fields(self) -> tuple[str, ...]:
+        """The fields that hold the pictures."""
+        return (self.image_key,) if isinstance(self.image_key, str) else self.image_key
+
     def __call__(self, example: Mapping[str, Any], generator: np.random.Generator | None = None) -> Row:
         """Makes the row: ``image``, ``tokens``, ``text_mask``, ``label`` and ``route`` of the batch contract.
 
@@ -87,8 +87,7 @@ class TransformExample:
         # Only a real Preprocess knows views, and only parts ask for them.
         if isinstance(self.image_key, str) and not self.parts:
             return row | {"image": self.preprocess(_field(example, self.image_key), generator)}
-        keys = (self.image_key,) if isinstance(self.image_key, str) else self.image_key
-        pictures = [self.preprocess.with_view(_field(example, key), generator) for key in keys]
+        pictures = [self.preprocess.with_view(_field(example, key), generator) for key in self.image_fields]
         pixels, views = [each for each, _ in pictures], [view for _, view in pictures]
         row["image"] = pixels[0] if isinstance(self.image_key, str) else np.stack(pixels)
         for part in self.parts:
@@ -108,9 +107,9 @@ class TransformExample:
 class Pipeline:
     """Batches of one process from a source; iterate over it, with :class:`BatchIterator` for position and count.
 
-    The stream of examples (order, augmentation) depends on the seed alone, and each process takes every
-    ``process_count``-th example of it: without unreadable pictures, the global batch of a step holds the same rows
-    however many processes share it.
+    The stream of examples (order, augmentation) depends on the seed alone, and each process takes a block of every
+    batch of it: without unreadable pictures, the global batch of a step holds the same rows in the same order however
+    many processes share it.
 
     A batch is what ``transform`` gives, stacked, with two more arrays: ``valid`` bool ``[batch]``, and ``index`` int32
     ``[batch]``, the example's position in the source (-1 where ``valid`` is false), by which results find the fields
@@ -128,6 +127,9 @@ class Pipeline:
             (or from one pass of a smaller source) on.
         process_index: which share of the stream this is; None asks JAX.
         process_count: how many share the stream; None asks JAX.
+        patience: seconds without a batch after which data workers count as stuck. They are then started again, as are
+            those that died; what reads in threads of this process, and workers that give nothing again and again, end
+            the run with a message.
 
     Raises:
         UserError: for values out of range, an empty source, a batch that processes cannot share equally.
@@ -142,6 +144,7 @@ class Pipeline:
     max_bad_share: float = 0.01
     process_index: int | None = None
     process_count: int | None = None
+    patience: float = 300.0
 
     def __post_init__(self) -> None:
         if (self.process_index is None) != (self.process_count is None):
@@ -164,6 +167,8 @@ class Pipeline:
             raise UserError(f"workers {self.workers} is negative; allowed: 0 (threads of this process) or more")
         if not 0 <= self.max_bad_share < 1:
             raise UserError(f"max_bad_share {self.max_bad_share} is not a share; allowed: 0 up to, not including, 1")
+        if not self.patience > 0:
+            raise UserError(f"patience {self.patience} is no time to wait; allowed: above 0 seconds")
 
     @property
     def local_batch_size(self) -> int:
@@ -178,27 +183,28 @@ class Pipeline:
         return BatchIterator(self)
 
     @property
-    def _enough_to_judge(self) -> int:
-        return min(_ENOUGH_TO_JUDGE, math.ceil(len(self.source) / self.process_count))
+    def enough_to_judge(self) -> int:
+        """Examples after which the share of unreadable pictures says something."""
+        return min(ENOUGH_TO_JUDGE, math.ceil(len(self.source) / self.process_count))
 
     def _ordered(self, examples: grain.MapDataset) -> grain.MapDataset:
         """The endless order in which training takes examples."""
         return examples.shuffle().repeat()
 
-    def _dataset(self) -> grain.IterDataset:
+    def dataset(self, start: int = 0) -> grain.IterDataset:
+        """The batches of this process, from the batch ``start`` on."""
         size = self.local_batch_size
-        share = slice(self.process_index, None, self.process_count)
         threads = min(8, os.cpu_count() or 1)
         # Randomness is drawn before the processes take their shares, so that it does not depend on their number.
         if self.training:
             examples = grain.MapDataset.source(Numbered(self.source, len(self.source))).seed(self.seed)
-            rows = self._ordered(examples).random_map(Guarded(self.transform))[share]
+            rows = self._share(self._ordered(examples).random_map(Guarded(self.transform)), start)
             reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size)
-            dataset = FullBatches(rows.to_iter_dataset(reading), size, self._enough_to_judge)
+            dataset = FullBatches(rows.to_iter_dataset(reading), size, self.enough_to_judge)
         else:
             # Batches are made before the workers take their shares, so that only the last batch is incomplete.
             examples = grain.MapDataset.source(Numbered(self.source, len(self) * self.batch_size))
-            rows = examples.map(Guarded(self.transform))[share]
+            rows = self._share(examples.map(Guarded(self.transform)), start)
             batches = rows.batch(size, batch_fn=FillBatch(self._first_readable()))
             dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if self.workers:
@@ -210,86 +216,21 @@ class Pipeline:
             )
         return dataset
 
+    def _share(self, rows: grain.MapDataset, start: int) -> grain.MapDataset:
+        """This process's rows of the batches from ``start`` on."""
+        if self.process_count == 1 and not start:
+            return rows
+        return Share(rows, self.batch_size, self.process_index, self.process_count, start)
+
     def _first_readable(self) -> Row:
         """The row that fills the gaps of evaluation batches."""
         guarded = Guarded(self.transform)
-        count = min(len(self.source), _ENOUGH_TO_JUDGE)
+        count = min(len(self.source), ENOUGH_TO_JUDGE)
         rows = (guarded((index, self.source[index])) for index in range(count))
         for row in rows:
             if not isinstance(row, Gap):
                 return row
         raise UserError(f"none of the first {count} pictures can be decoded")
-
-
-class BatchIterator(Iterator[Row]):
-    """The batches of a :class:`Pipeline` on this process, as numpy arrays, with a state that can be saved.
-
-    Attributes:
-        seen: examples read so far, those passed over included.
-        skipped: examples passed over because their picture could not be decoded.
-    """
-
-    def __init__(self, pipeline: Pipeline):
-        """Starts at the beginning of the pipeline's stream."""
-        self._pipeline = pipeline
-        self._iterator = iter(pipeline._dataset())
-        self.seen = 0
-        self.skipped = 0
-
-    def __next__(self) -> Row:
-        """The next batch.
-
-        Raises:
-            StopIteration: at the end of an evaluation pass.
-            UserError: if the share of unreadable pictures is above the pipeline's ``max_bad_share``.
-        """
-        while True:
-            record = next(self._iterator)
-            self._account(int(record["seen"]), record["skipped"])
-            if record["batch"]:
-                return record["batch"]
-
-    def state(self) -> dict[str, Any]:
-        """Where the iterator stands, after the last batch it gave: JSON-able, one for each process."""
-        return {
-            "grain": copy.deepcopy(self._iterator.get_state()),  # Grain may go on writing into its own
-            "seen": self.seen,
-            "skipped": self.skipped,
-            "setup": self._setup(),
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to where ``state`` was taken: the next batch is the one that followed it.
-
-        Raises:
-            UserError: if the state was taken with another setup (source length, batch size, seed, workers, processes).
-        """
-        mine, theirs = self._setup(), dict(state["setup"])
-        if changed := [key for key in mine if theirs.get(key) != mine[key]]:
-            shown = ", ".join(f"{key} was {theirs.get(key)!r} and is now {mine[key]!r}" for key in changed)
-            raise UserError(f"the data cannot go on from where it stopped: {shown}. Resume with the old value(s)")
-        self._iterator.set_state(state["grain"])
-        self.seen, self.skipped = int(state["seen"]), int(state["skipped"])
-
-    def close(self) -> None:
-        """Ends threads and worker processes; the iterator cannot be used any more."""
-        self._iterator.close()
-
-    def _setup(self) -> dict[str, Any]:
-        fields = ("batch_size", "training", "seed", "workers", "process_index", "process_count")
-        return {"examples": len(self._pipeline.source)} | {name: getattr(self._pipeline, name) for name in fields}
-
-    def _account(self, seen: int, skipped: Sequence[str]) -> None:
-        self.seen += seen
-        self.skipped += len(skipped)
-        for name in skipped:
-            _log.warning("passed over %s (%d of %d examples so far)", name, self.skipped, self.seen)
-        allowed = self._pipeline.max_bad_share * max(self.seen, self._pipeline._enough_to_judge)
-        if skipped and self.skipped > allowed:
-            raise UserError(
-                f"{self.skipped} of {self.seen} pictures cannot be decoded, the last of them {skipped[-1]}; at most "
-                f"{self._pipeline.max_bad_share:.2%} may be. Mend the data, or raise max_bad_share"
-            )
 
 
 def _field(example: Mapping[str, Any], key: str) -> Any:

@@ -122,6 +122,36 @@ class _FullBatchesIterator(grain.DatasetIterator):
         self._parent.set_state(state)
 
 
+class Share(grain.MapDataset):
+    """Of each global batch in turn, the rows of one process.
+
+    A process has a block of the batch's rows, so that the blocks one after another are the batch of a process that is
+    alone, row by row: what depends on a row's place, such as dropout, is the same however many processes share it.
+    """
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, index: int, count: int, start: int = 0):
+        """Args:
+        parent: the rows of all batches.
+        batch_size: rows of a global batch, a multiple of ``count``.
+        index: which process this is.
+        count: how many there are.
+        start: the global batch to begin with.
+        """
+        super().__init__(parent)
+        self._batch, self._size = batch_size, batch_size // count
+        self._offset = start * batch_size + index * self._size
+        self._rows = (len(parent) - start * batch_size) // count
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._size)
+        return self._parent[self._offset + batch * self._batch + row]
+
+
 def stack(rows: Sequence[Row]) -> Row:
     """Rows as one batch: each array gets a first axis."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

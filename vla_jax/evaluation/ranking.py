@@ -93,22 +93,34 @@ def rerank(
     Candidates that are not among the best stay behind them; a tie stands before the right one.
 
     Args:
-        before: int ``[queries]``, how many wrong candidates stand before the best right one at first; it holds for
-            queries whose right ones are not among the best.
+        before: int ``[queries]``, how many wrong candidates stand before each query's best right one at first; or
+            ``[queries, right candidates]`` before each of them, the best first, -1 on unused places
+            (:class:`vla_jax.evaluation.exact_ranks.Before`), from which mean average precision follows as well. It
+            stays for right ones that are not among the best.
         top: int ``[queries, k]``, places of the best candidates, -1 for none.
         right: bool ``[queries, k]``, which of these belong to the query.
         score: ``(queries int [pairs], candidates int [pairs]) -> scores [pairs]``.
 
     Returns:
-        int64 ``[queries]``, how many wrong candidates stand before the best right one afterwards.
+        int64, of the shape of ``before``: the same counts afterwards; :func:`vla_jax.evaluation.retrieval.judge` takes
+        them.
 
     Raises:
-        UserError: for shapes that do not fit, or scores that are NaN or not one a pair.
+        UserError: for shapes that do not fit, more right candidates among the best than ``before`` knows, or scores
+            that are NaN or not one a pair.
     """
     before, top, right = np.asarray(before), np.asarray(top), np.asarray(right, bool)
-    if before.shape != top.shape[:1] or right.shape != top.shape:
+    if before.ndim not in (1, 2) or before.shape[:1] != top.shape[:1] or right.shape != top.shape:
         raise UserError(
-            f"re-ranking needs [queries], [queries, k] twice; given {before.shape}, {top.shape}, {right.shape}"
+            "re-ranking needs [queries] or [queries, right candidates], and [queries, k] twice; given "
+            f"{before.shape}, {top.shape}, {right.shape}"
+        )
+    right = right & (top >= 0)
+    table = before[:, None] if before.ndim == 1 else before  # [queries, right candidates]
+    if before.ndim == 2 and (query := np.flatnonzero(right.sum(1) > (table >= 0).sum(1))).size:
+        raise UserError(
+            f"query {query[0]} has {right[query[0]].sum()} right candidates among its best and "
+            f"{(table[query[0]] >= 0).sum()} in all; both must count the same candidates"
         )
     # Where nothing right is among the best, the order within them does not matter.
     rows, ranks = np.nonzero((top >= 0) & right.any(1, keepdims=True))
@@ -119,9 +131,13 @@ def rerank(
         )
     scores = np.full(top.shape, -np.inf)
     scores[rows, ranks] = found
-    of_right = np.where(right, scores, -np.inf).max(1)
-    passed = ((scores >= of_right[:, None]) & ~right & (top >= 0)).sum(1)
-    return np.where(right.any(1), passed, before).astype(np.int64)
+    wrong = ~right & (top >= 0)
+    of_right = -np.sort(-np.where(right, scores, -np.inf), axis=1)  # [queries, k], the best first
+    after = table.astype(np.int64)
+    for place in range(min(table.shape[1], top.shape[1])):
+        passed = ((scores >= of_right[:, place, None]) & wrong).sum(1)
+        after[:, place] = np.where(right.sum(1) > place, passed, after[:, place])
+    return after.reshape(before.shape)
 
 
 def pair_scorer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,13 @@ from vla_jax.data.text import Tokenize
 from vla_jax.evaluation import retrieval, statistics, winoground
 from vla_jax.evaluation.statistics import Interval
 from vla_jax.evaluation.zero_shot import class_features, cosines
+from vla_jax.tasks.classification import class_texts
 
 Encode = Callable[[Sequence[Any]], np.ndarray]
+TAGS = ("Object", "Attribute", "Relation")
+"""The kinds of quadruples, by Winoground's tags."""
+_COLOR_NAMES = tuple(f"{color} object" for color in COLORS)
+_SHAPE_TEXTS, _COLOR_TEXTS = (class_texts(names, CLASS_TEMPLATES) for names in (SHAPES, _COLOR_NAMES))
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,111 @@ def clip_encoders(
     return encoders
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What is right, question by question; every array is bool [questions].
+
+    Attributes:
+        shape: of a single object.
+        color: of a single object.
+        image_to_text: the picture's own description scores strictly highest.
+        text_to_image: the description's own picture scores strictly highest.
+        group: by tag, the quadruple's group score.
+    """
+
+    shape: np.ndarray
+    color: np.ndarray
+    image_to_text: np.ndarray
+    text_to_image: np.ndarray
+    group: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class SceneQuestions:
+    """What a CLIP is asked about held-out scenes, drawn once for any number of models.
+
+    Attributes:
+        single: examples of single objects, whose shape and colour are asked for.
+        described: examples with full descriptions, which are candidates for each other.
+        quadruples: by tag, examples in Winoground's format.
+    """
+
+    single: Sequence[Mapping[str, Any]]
+    described: Sequence[Mapping[str, Any]]
+    quadruples: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    @classmethod
+    def draw(
+        cls,
+        *,
+        image_size: int,
+        split: str,
+        classes: int = 512,
+        candidates: int = 256,
+        quadruples: int = 400,
+        seed: int = 1000,
+    ) -> SceneQuestions:
+        """Draws the questions; arguments as of :func:`zero_shot`."""
+
+        def examples(kind: str, count: int, **settings: Any) -> list[dict[str, Any]]:
+            source = SceneSource(split, kind, SceneConfig(seed=seed, image_size=image_size, **settings), length=count)
+            return [source[index] for index in range(count)]
+
+        return cls(
+            examples("classes", classes),
+            examples("captions", candidates, caption_weights=CaptionWeights(1, 0, 0, 0, 0)),
+            {tag: examples("quadruples", quadruples, quadruple_tags=(tag,)) for tag in TAGS},
+        )
+
+    @property
+    def pictures(self) -> list[np.ndarray]:
+        """All pictures, uint8, in the order in which :meth:`judge` takes their features."""
+        pairs = [example[f"image_{i}"] for drawn in self.quadruples.values() for example in drawn for i in (0, 1)]
+        return [example["image"] for example in (*self.single, *self.described)] + pairs
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts, in the order in which :meth:`judge` takes their features."""
+        pairs = [example[f"caption_{i}"] for drawn in self.quadruples.values() for example in drawn for i in (0, 1)]
+        return [*_SHAPE_TEXTS, *_COLOR_TEXTS, *(example["caption"] for example in self.described), *pairs]
+
+    def judge(self, images: np.ndarray, texts: np.ndarray) -> Answers:
+        """What a model gets right.
+
+        Args:
+            images: normalised features of :attr:`pictures`, ``[pictures, projection]``.
+            texts: normalised features of :attr:`texts`, ``[texts, projection]``.
+        """
+        pairs = [2 * len(drawn) for drawn in self.quadruples.values()]
+        single, described, *pictures = _cut(images, [len(self.single), len(self.described), *pairs])
+        shapes, colors, captions, *sentences = _cut(
+            texts, [len(_SHAPE_TEXTS), len(_COLOR_TEXTS), len(self.described), *pairs]
+        )
+
+        def classify(of_names: np.ndarray, names: Sequence[str], label: str) -> np.ndarray:
+            chosen = np.argmax(cosines(single, class_features(lambda _: of_names, names, CLASS_TEMPLATES)), axis=-1)
+            return chosen == np.array([example[label] for example in self.single])
+
+        similarity = described @ captions.T  # [pictures, descriptions]
+        group = {}
+        for tag, seen, said in zip(self.quadruples, pictures, sentences, strict=True):
+            two = (len(seen) // 2, 2, -1)
+            scores = np.einsum("ncd,nid->nci", said.reshape(two), seen.reshape(two))
+            group[tag] = winoground.outcomes(scores).group
+        return Answers(
+            shape=classify(shapes, SHAPES, "label"),
+            color=classify(colors, _COLOR_NAMES, "color_label"),
+            image_to_text=retrieval.ranks(similarity) == 0,
+            text_to_image=retrieval.ranks(similarity.T) == 0,
+            group=group,
+        )
+
+
+def _cut(rows: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """Consecutive parts of so many rows each."""
+    return np.split(rows, np.cumsum(counts)[:-1])
+
+
 def zero_shot(
     encode_images: Encode,
     encode_texts: Encode,
@@ -115,34 +225,15 @@ def zero_shot(
         quadruples: of each tag.
         seed: of the scenes.
     """
-
-    def examples(kind: str, count: int, **settings: Any) -> list[dict[str, Any]]:
-        source = SceneSource(split, kind, SceneConfig(seed=seed, image_size=image_size, **settings), length=count)
-        return [source[index] for index in range(count)]
-
-    single = examples("classes", classes)
-    features = encode_images([example["image"] for example in single])
-
-    def classify(names: Sequence[str], label: str) -> Interval:
-        chosen = np.argmax(cosines(features, class_features(encode_texts, names, CLASS_TEMPLATES)), axis=-1)
-        return statistics.accuracy(chosen == np.array([example[label] for example in single]))
-
-    full = examples("captions", candidates, caption_weights=CaptionWeights(1, 0, 0, 0, 0))
-    similarity = encode_images([e["image"] for e in full]) @ encode_texts([e["caption"] for e in full]).T
-    recall = retrieval.recall(similarity, at=(1,))
-
-    group = {}
-    for tag in ("Object", "Attribute", "Relation"):
-        drawn = examples("quadruples", quadruples, quadruple_tags=(tag,))
-        images = encode_images([e[f"image_{i}"] for e in drawn for i in (0, 1)]).reshape(quadruples, 2, -1)
-        texts = encode_texts([e[f"caption_{i}"] for e in drawn for i in (0, 1)]).reshape(quadruples, 2, -1)
-        group[tag] = winoground.evaluate(np.einsum("ncd,nid->nci", texts, images)).group
-
+    questions = SceneQuestions.draw(
+        image_size=image_size, split=split, classes=classes, candidates=candidates, quadruples=quadruples, seed=seed
+    )
+    answers = questions.judge(encode_images(questions.pictures), encode_texts(questions.texts))
     return ZeroShot(
-        shape=classify(SHAPES, "label"),
-        color=classify([f"{color} object" for color in COLORS], "color_label"),
-        image_to_text=recall.image_to_text[1],
-        text_to_image=recall.text_to_image[1],
+        shape=statistics.accuracy(answers.shape),
+        color=statistics.accuracy(answers.color),
+        image_to_text=statistics.accuracy(answers.image_to_text),
+        text_to_image=statistics.accuracy(answers.text_to_image),
         candidates=candidates,
-        group=group,
+        group={tag: statistics.accuracy(right) for tag, right in answers.group.items()},
     )

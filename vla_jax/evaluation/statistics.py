@@ -14,6 +14,8 @@ function                    drawn anew                the claim that it supports
 its ``p_value``             the two models' names     do *these trained models* differ at all on such examples?
 ==========================  ========================  ===========================================================
 
+:mod:`vla_jax.evaluation.task_means` has the interval and the paired difference of a mean over several tasks.
+
 With three seeds, as usual, the spread between seeds rests on two degrees of freedom. In simulation (300 examples) the
 bootstrap over seeds and examples covers 95 to 99 % where examples make most of the noise, and 84 % where seeds make all
 of it; Student's t over seeds covers 95 % there, and 88 % where examples do. All intervals are two-sided at 95 %.
@@ -122,8 +124,8 @@ def accuracy(correct: np.ndarray, clusters: Sequence | np.ndarray | None = None,
     Raises:
         UserError: wrong shape, no examples, or values other than 0 and 1.
     """
-    correct = _outcomes(correct)  # [seeds, examples]
-    tally = _tally(correct, clusters)
+    correct = outcomes_of(correct)  # [seeds, examples]
+    tally = tally_of(correct, clusters)
     value = float(correct.mean())
     if value in (0.0, 1.0) or (len(correct) == 1 and tally.independent):
         # Seeds that agree on every example are no further evidence: the examples of one seed count.
@@ -151,14 +153,14 @@ def paired_difference(
     Raises:
         UserError: shapes that differ, no examples, or values other than 0 and 1.
     """
-    correct_a, correct_b = _outcomes(correct_a), _outcomes(correct_b)
+    correct_a, correct_b = outcomes_of(correct_a), outcomes_of(correct_b)
     if correct_a.shape != correct_b.shape:
         raise UserError(
             f"models are compared on the same seeds and examples, given [seeds, examples] {list(correct_a.shape)} and "
             f"{list(correct_b.shape)}; leave out what only one of them has"
         )
     difference = correct_a - correct_b  # [seeds, examples], each -1, 0 or 1
-    tally = _tally(difference, clusters)
+    tally = tally_of(difference, clusters)
     low, high = np.clip(_bootstrap(tally, seed), -1, 1)
     return PairedDifference(
         value=float(difference.mean()),
@@ -184,11 +186,11 @@ def bootstrap_accuracy(correct: np.ndarray, clusters: Sequence | np.ndarray | No
     Raises:
         UserError: as :func:`accuracy`.
     """
-    correct = _outcomes(correct)
+    correct = outcomes_of(correct)
     value = float(correct.mean())
     if value in (0.0, 1.0):
         return accuracy(correct, clusters, seed)
-    low, high = np.clip(_bootstrap(_tally(correct, clusters), seed), 0, 1)
+    low, high = np.clip(_bootstrap(tally_of(correct, clusters), seed), 0, 1)
     return Interval(value, float(low), float(high))
 
 
@@ -207,7 +209,7 @@ def class_mean(correct: np.ndarray, classes: Sequence | np.ndarray, least: int =
     Raises:
         UserError: wrong shapes, values other than 0 and 1, or no class with enough examples.
     """
-    right = _outcomes(correct)
+    right = outcomes_of(correct)
     classes = np.asarray(classes)
     if len(right) != 1 or classes.shape != right.shape[1:]:
         raise UserError(
@@ -220,12 +222,12 @@ def class_mean(correct: np.ndarray, classes: Sequence | np.ndarray, least: int =
         raise UserError(f"no class has {least} examples; the largest of {len(sizes)} has {sizes.max()}")
     shares = (np.bincount(member, right[0]) / sizes)[kept]
     drawn = np.random.default_rng(seed).binomial(sizes[kept], shares, (RESAMPLES, kept.sum())) / sizes[kept]
-    low, high = np.quantile(drawn.mean(1), [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    low, high = percentiles(drawn.mean(1))
     return Interval(float(shares.mean()), float(low), float(high))
 
 
 @dataclass(frozen=True)
-class _Tally:
+class Tally:
     """Units of resampling (examples, or clusters of them), equal ones counted rather than repeated.
 
     Which of several equal units is drawn makes no difference, so drawing units is drawing how often each distinct
@@ -242,7 +244,16 @@ class _Tally:
         return bool((self.sizes == 1).all())
 
 
-def _tally(values: np.ndarray, clusters: Sequence | np.ndarray | None) -> _Tally:
+def tally_of(values: np.ndarray, clusters: Sequence | np.ndarray | None) -> Tally:
+    """Values of examples counted by pattern.
+
+    Args:
+        values: int64 [seeds, examples].
+        clusters: [examples], which examples are drawn as one; None for each by itself.
+
+    Raises:
+        UserError: if there is not one cluster an example.
+    """
     sizes = np.ones(values.shape[1], values.dtype)
     if clusters is not None:
         clusters = np.asarray(clusters)
@@ -252,24 +263,47 @@ def _tally(values: np.ndarray, clusters: Sequence | np.ndarray | None) -> _Tally
         sizes = np.bincount(member)
         values = np.stack([np.bincount(member, row).round().astype(np.int64) for row in values])
     patterns, counts = np.unique(np.vstack([values, sizes]), axis=1, return_counts=True)
-    return _Tally(sums=patterns[:-1], sizes=patterns[-1], counts=counts)
+    return Tally(sums=patterns[:-1], sizes=patterns[-1], counts=counts)
 
 
-def _bootstrap(tally: _Tally, seed: int) -> np.ndarray:
+def _bootstrap(tally: Tally, seed: int) -> np.ndarray:
     """Percentile interval [2] of the mean over seeds and examples, both drawn with replacement."""
+    return percentiles(resampled([tally], seed))
+
+
+def percentiles(estimates: np.ndarray) -> np.ndarray:
+    """The interval [2] that holds the middle 95 % of resampled estimates."""
+    return np.quantile(estimates, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+
+
+def resampled(tallies: Sequence[Tally], seed: int) -> np.ndarray:
+    """Means over seeds and examples, both drawn with replacement; of several sets of examples the mean of their means.
+
+    Each set's examples are drawn from it alone, the seeds once for all of them.
+
+    Args:
+        tallies: one for each set, of the same seeds.
+        seed: of the random numbers.
+
+    Returns:
+        float64 ``[RESAMPLES]``.
+    """
     generator = np.random.default_rng(seed)
-    seeds, patterns = tally.sums.shape
-    units = int(tally.counts.sum())
+    seeds = len(tallies[0].sums)
+    rows = max(1, _CHUNK // max(tally.sizes.size for tally in tallies))
     # Drawing from n values gives (n - 1) / n of the variance, which matters for three seeds (Hesterberg 2015).
     widen = np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
     estimates = []
-    for start in range(0, RESAMPLES, max(1, _CHUNK // patterns)):
-        size = min(max(1, _CHUNK // patterns), RESAMPLES - start)
-        drawn = generator.multinomial(units, tally.counts / units, size)  # [size, patterns]
-        means = (drawn @ tally.sums.T) / (drawn @ tally.sizes)[:, None]  # [size, seeds]
+    for start in range(0, RESAMPLES, rows):
+        size = min(rows, RESAMPLES - start)
+        means = np.zeros((size, seeds))
+        for tally in tallies:
+            units = int(tally.counts.sum())
+            drawn = generator.multinomial(units, tally.counts / units, size)  # [size, patterns]
+            means += (drawn @ tally.sums.T) / (drawn @ tally.sizes)[:, None] / len(tallies)
         weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size) / seeds  # [size, seeds]
         estimates.append((means * (1 / seeds + widen * (weights - 1 / seeds))).sum(1))
-    return np.quantile(np.concatenate(estimates), [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    return np.concatenate(estimates)
 
 
 def _sign_flip_test(differences: np.ndarray, counts: np.ndarray) -> float:
@@ -288,7 +322,7 @@ def _sign_flip_test(differences: np.ndarray, counts: np.ndarray) -> float:
     return float(min(1.0, distribution[np.abs(np.arange(-reach, reach + 1)) >= observed].sum()))
 
 
-def _outcomes(correct: np.ndarray) -> np.ndarray:
+def outcomes_of(correct: np.ndarray) -> np.ndarray:
     """Right and wrong as int64 [seeds, examples], or the error that says what is the matter with them."""
     correct = np.asarray(correct)
     if correct.ndim not in (1, 2) or correct.size == 0:

@@ -23,6 +23,7 @@ import rich.table
 from rich.cells import cell_len
 from rich.markup import escape
 
+from vla_jax.distributed import is_first
 from vla_jax.errors import UserError
 
 MISSING = "\N{EN DASH}"
@@ -234,7 +235,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Replaces a file in one step; whoever reads it sees the old content or the new. Folders are made."""
+    """Replaces a file in one step; whoever reads it sees the old content or the new. Folders are made.
+
+    Of several processes the first alone writes; :func:`vla_jax.distributed.read` gives its file to the others.
+    """
+    if not is_first():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # the same folder: renaming stays one step

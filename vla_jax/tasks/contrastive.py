@@ -11,18 +11,20 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vla_jax.errors import UserError, unknown
+from vla_jax.tasks.heads import masked_mean
 
 Loss = Literal["info_nce", "sigmoid"]
 
 
-def info_nce(logits: Float[Array, "images texts"]) -> Float[Array, ""]:
+def info_nce(logits: Float[Array, "images texts"], valid: Bool[Array, "images"] | None = None) -> Float[Array, ""]:
     """Symmetric InfoNCE: each image picks its text, each text its image (Radford et al. 2021, figure 3).
 
     Args:
         logits: ``[batch, batch]``, scaled cosines of image i with text j; the diagonal belongs together.
+        valid: ``[batch]``, which pairs there are; others neither choose nor are chosen from. All of them if None.
 
     Returns:
         The mean of both cross-entropies, float32 [].
@@ -32,9 +34,12 @@ def info_nce(logits: Float[Array, "images texts"]) -> Float[Array, ""]:
     """
     logits = _square(logits)
     matched = jnp.diagonal(logits)
+    if valid is not None:
+        # A pair that is not there keeps its own logit, so that no logarithm is of zero.
+        logits = jnp.where(_seen(valid) | jnp.eye(len(logits), dtype=bool), logits, -jnp.inf)
     of_images = jax.nn.logsumexp(logits, axis=1) - matched
     of_texts = jax.nn.logsumexp(logits, axis=0) - matched
-    return (of_images.mean() + of_texts.mean()) / 2
+    return (masked_mean(of_images, valid) + masked_mean(of_texts, valid)) / 2
 
 
 def sigmoid(logits: Float[Array, "images texts"], bias: Float[Array, ""] | float = 0.0) -> Float[Array, ""]:
@@ -70,15 +75,26 @@ def contrastive_loss(
     raise unknown("contrastive loss", loss, ("info_nce", "sigmoid"))
 
 
-def matched_first(logits: Float[Array, "images texts"]) -> dict[str, Float[Array, ""]]:
-    """Shares of images, and of texts, whose own partner scores strictly highest in the batch, float32 []."""
+def matched_first(
+    logits: Float[Array, "images texts"], valid: Bool[Array, "images"] | None = None
+) -> dict[str, Float[Array, ""]]:
+    """Shares of images, and of texts, whose own partner scores strictly highest in the batch, float32 [].
+
+    Arguments are those of :func:`info_nce`.
+    """
     logits = _square(logits)
-    others = jnp.where(jnp.eye(logits.shape[0], dtype=bool), -jnp.inf, logits)
+    others = ~jnp.eye(len(logits), dtype=bool)
+    others = jnp.where(others if valid is None else others & _seen(valid), logits, -jnp.inf)
     matched = jnp.diagonal(logits)
     return {
-        "image_to_text": (matched > others.max(1)).astype(jnp.float32).mean(),
-        "text_to_image": (matched > others.max(0)).astype(jnp.float32).mean(),
+        "image_to_text": masked_mean((matched > others.max(1)).astype(jnp.float32), valid),
+        "text_to_image": masked_mean((matched > others.max(0)).astype(jnp.float32), valid),
     }
+
+
+def _seen(valid: Bool[Array, "batch"]) -> Bool[Array, "batch batch"]:
+    """Which logits are of an image and a text that are there."""
+    return valid[:, None] & valid[None, :]
 
 
 def _square(logits: jax.Array) -> jax.Array:

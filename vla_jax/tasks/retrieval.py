@@ -42,10 +42,9 @@ class Retrieval:
         return {"log_scale": jnp.zeros((), jnp.float32)}
 
     def loss(self, head: Tree, output: CLIPOutput, batch: Mapping[str, jax.Array]) -> tuple[Float[Array, ""], dict]:
-        """Symmetric InfoNCE over the global batch, and the share of images and texts that find their partner."""
-        del batch
-        logits = jnp.exp(head["log_scale"]) * output.logits
-        return info_nce(logits), matched_first(logits)
+        """Symmetric InfoNCE over the global batch's valid pairs, and the shares that find their partner among them."""
+        logits, valid = jnp.exp(head["log_scale"]) * output.logits, batch.get("valid")
+        return info_nce(logits, valid), matched_first(logits, valid)
 
     def predict(self, head: Tree, output: CLIPOutput, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """``image_feature`` and ``text_feature`` float32 ``[batch, projection]``, of length one."""

@@ -2,12 +2,13 @@
 
 A run's checkpoint is ``folder/STEP`` with three items: ``adapters`` (the trained leaves: adapters, heads, and backbone
 leaves only where those were trained), ``optimizer``, and ``data`` (where each process stood in its data). Its metadata
-says what the leaves belong to. The metadata is compared before any array is read, so every mismatch is named.
+says what the leaves belong to. The metadata is compared before any array is read, so every mismatch is named; and every
+file is compared with its checksum, so nothing that was damaged is loaded.
 """
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,14 +17,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from vla_jax import names
+from vla_jax import distributed, names
 from vla_jax.errors import UserError
+from vla_jax.training import checksums
+from vla_jax.training.checkpoint_folder import absolute, check_whole, context, find, read_metadata, steps
 from vla_jax.training.checkpoint_metadata import Identity, Metadata, check, leaves_of
+from vla_jax.training.data_state import data_state_text, own_data_state
 from vla_jax.training.metrics import package_version
 from vla_jax.training.step import TrainState
 
@@ -36,11 +38,15 @@ class Restored(NamedTuple):
     metadata: Metadata
 
 
+class SaveError(UserError):
+    """A checkpoint could not be saved; those before it are as they were."""
+
+
 class Checkpointer:
     """The checkpoints of one run: saved in the background, the newest ``keep`` of them kept.
 
-    Use it as a context manager: leaving it waits for the last save. In a run of several processes all of them call
-    every method, and the folder is one they share.
+    Use it as a context manager: leaving it waits for the last save, unless one of several processes failed. All of
+    them call every method, and the folder is one they share.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: Identity, *, every: int, keep: int = 2):
@@ -49,49 +55,65 @@ class Checkpointer:
         Args:
             folder: where the checkpoints go, a path or ``gs://`` address.
             identity: what the leaves belong to.
-            every: :meth:`save` saves at multiples of this many steps, and on preemption.
+            every: :meth:`save` saves at multiples of this many steps.
             keep: how many of the newest checkpoints stay.
 
         Raises:
-            UserError: if ``every`` or ``keep`` is not positive.
+            UserError: if ``every`` or ``keep`` is not positive, or the folder cannot be used.
         """
         if every < 1 or keep < 1:
             raise UserError(f"checkpoints need every >= 1 and keep >= 1; given every={every}, keep={keep}")
-        self.folder = _path(folder)
+        self.folder = absolute(folder)
         self.identity = identity
-        self._every = every
-        self._orbax = ocp.training.Checkpointer(
-            self.folder,
-            context=_context(),
-            save_decision_policy=ocp.training.save_decision_policies.PreemptionCheckpointingPolicy(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self._every, self._keep = every, keep
+        self._latest: int | None = None
+        self._told: dict[str, Any] = {}
+        self._orbax: ocp.training.Checkpointer | None = None
+        self._open()
 
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # With an error on its way another process may be gone, and a save in progress would wait for it.
+        if kind is None or issubclass(kind, SystemExit) or not distributed.several():
+            self.close()
 
     def close(self) -> None:
-        """Waits for the save in progress and lets go of the folder."""
-        self._orbax.close()
+        """Waits for the save in progress and lets go of the folder.
+
+        Raises:
+            SaveError: if that save failed.
+        """
+        if self._orbax is not None:
+            try:
+                self._orbax.close()
+            except Exception as error:
+                raise self._failed_here(self._latest, error) from error
 
     def wait(self) -> None:
-        """Waits until the save in progress, if any, is complete on disk."""
-        self._orbax.wait()
+        """Waits until the save in progress, if any, is complete on disk.
+
+        Raises:
+            SaveError: on every process, if that save failed on one of them.
+        """
+        if self._orbax is None:
+            return
+        problem, cause = "", None
+        try:
+            self._orbax.wait()
+        except Exception as error:  # whatever the file system, Orbax or TensorStore make of it
+            problem, cause = _shown(error), error
+        if found := next(filter(None, distributed.gather(problem)), None):
+            raise self._failed(self._latest, found) from cause
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, one that is being saved included, or None."""
-        latest = self._orbax.latest
-        return None if latest is None else latest.step
+        return self._latest
 
     def should_save(self, step: int) -> bool:
         """Whether :meth:`save` would save at this step without being forced to."""
-        # Asking Orbax takes about a millisecond, and a process alone is told of no preemption.
-        due = step % self._every == 0 or (jax.process_count() > 1 and self._orbax.should_save(step))
-        return due and step != self.latest_step()
+        return step % self._every == 0 and step != self._latest
 
     def save(self, step: int, state: TrainState, data_state: Any = None, *, force: bool = False) -> bool:
         """Saves in the background if it is time to; the state's buffers may be given away when the call returns.
@@ -99,22 +121,85 @@ class Checkpointer:
         Args:
             step: the number of steps taken.
             state: the training state.
-            data_state: where the data stood after this step on this process: bytes or JSON-able.
+            data_state: where the data stood after this step on this process: bytes or JSON-able. What it has under
+                ``position``, if that is the same on all processes, lets another number of processes go on from it.
             force: save although it is not time to. A step that is already saved is not saved twice.
 
         Returns:
             Whether a save began.
+
+        Raises:
+            SaveError: if the save before this one failed, or this one cannot begin. The next call tries anew.
+            UserError: likewise, where one of several processes cannot begin.
         """
-        if not (self.should_save(step) or (force and step != self.latest_step())):
+        if not (self.should_save(step) or (force and step != self._latest)):
             return False
+        self.wait()
+        if self._orbax is None:
+            self._open()
         metadata = Metadata(
             self.identity, step, package_version(), leaves_of(state.trainable), leaves_of(state.optimizer)
         )
-        items = {"adapters": state.trainable, "data": {"processes": _gather(_encode(data_state))}}
+        items = {"adapters": state.trainable, "data": {"processes": distributed.gather(data_state_text(data_state))}}
         if metadata.optimizer:  # Plain SGD keeps nothing, and Orbax takes no empty item.
             items["optimizer"] = state.optimizer
-        self._orbax.save_checkpointables_async(step, items, force=True, custom_metadata=metadata.to_json())
+        self._latest, self._told = step, metadata.to_json()
+        try:
+            self._orbax.save_checkpointables_async(step, items, force=True, custom_metadata=self._told)
+        except Exception as error:
+            raise self._failed_here(step, error) from error
         return True
+
+    def _open(self) -> None:
+        made = context()
+        made.asynchronous.post_finalization_callback = lambda: self._write_checksums()  # Orbax copies a method's object
+        # Where a folder cannot be made, threads that were to fill it would wait for it, and the process for them.
+        made.asynchronous.create_directories_asynchronously = False
+        made.asynchronous.timeout_secs = 600  # for which processes wait for one that failed to save
+        try:
+            self._orbax = ocp.training.Checkpointer(
+                self.folder,
+                context=made,
+                preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+                cleanup_tmp_directories=True,
+            )
+        except (OSError, ValueError) as error:  # the latter of metadata that are none
+            raise SaveError(f"checkpoints cannot be kept in {self.folder}: {error}; choose another folder") from error
+        self._look()
+
+    def _look(self) -> None:
+        """Sees which checkpoint is the newest, as the first process sees it."""
+        self._latest = json.loads(
+            distributed.from_first(lambda: json.dumps(max(steps(self.folder), default=None)).encode())
+        )
+
+    def _write_checksums(self) -> None:
+        """Called by Orbax on one process when all files are written, before the checkpoint gets its name."""
+        unnamed = self.folder / f"{self._latest}.orbax-checkpoint-tmp"
+        checksums.write(unnamed if unnamed.exists() else self.folder / str(self._latest), self._told)
+
+    def _failed_here(self, step: int | None, error: Exception) -> UserError:
+        """What to raise where one of several processes fails and cannot tell the others, which wait for it."""
+        if distributed.several():
+            return UserError(f"the checkpoint of step {step} could not be saved in {self.folder}: {_shown(error)}")
+        return self._failed(step, _shown(error))
+
+    def _failed(self, step: int | None, problem: str) -> SaveError:
+        """What to raise where all processes know of the failure; makes the next save possible.
+
+        Orbax would raise an old failure again.
+        """
+        with contextlib.suppress(Exception):
+            self._orbax.close()
+        self._orbax = None
+        # On a full disk what was written in vain would be in the way.
+        distributed.remove_folder(self.folder / f"{step}.orbax-checkpoint-tmp")
+        self._look()
+        kept = "there is none before it" if self._latest is None else f"that of step {self._latest} is still good"
+        return SaveError(
+            f"the checkpoint of step {step} could not be saved in {self.folder}: {problem}; {kept}. Make room there, "
+            "or mend the folder"
+        )
 
     def restore(self, abstract_state: TrainState, step: int | None = None) -> Restored:
         """Reads a checkpoint onto the devices and in the dtypes of ``abstract_state``.
@@ -125,25 +210,22 @@ class Checkpointer:
             step: which checkpoint; the newest if left out.
 
         Returns:
-            The state, this process's data state, and the metadata.
+            The state, this process's data state, and the metadata. Where another number of processes saved it, the data
+            state is ``{"position": ...}``, what they had there.
 
         Raises:
-            UserError: if there is no such checkpoint or it does not fit; every leaf or field that differs is named.
+            UserError: if there is no such checkpoint, a file of it is damaged, or it does not fit; every leaf or field
+                that differs is named.
         """
-        folder = _find(self.folder, self.latest_step() if step is None else step)
-        metadata = _read_metadata(folder)
+        folder = find(self.folder, step)
+        check_whole(folder)
+        metadata = read_metadata(folder)
         check(folder, metadata, self.identity, leaves_of(abstract_state.trainable), leaves_of(abstract_state.optimizer))
         abstract = {"adapters": _abstract(abstract_state.trainable), "data": None}
         if metadata.optimizer:
             abstract["optimizer"] = _abstract(abstract_state.optimizer)
-        with _context():
+        with context():
             items = ocp.load_checkpointables(folder, abstract)
-        states = items["data"]["processes"]
-        if len(states) != jax.process_count():
-            raise UserError(
-                f"{folder} was saved by {len(states)} processes and is resumed by {jax.process_count()}, which would "
-                f"read other data; resume with {len(states)} processes, or load only its adapters with load_adapters"
-            )
         taken = _abstract(abstract_state.step)
         state = dataclasses.replace(
             abstract_state,
@@ -151,7 +233,7 @@ class Checkpointer:
             trainable=items["adapters"],
             optimizer=items.get("optimizer", abstract_state.optimizer),
         )
-        return Restored(state, _decode(states[jax.process_index()]), metadata)
+        return Restored(state, own_data_state(folder, items["data"]["processes"]), metadata)
 
 
 def save_adapters(folder: str | os.PathLike[str], trainable: names.Tree, identity: Identity, step: int) -> None:
@@ -164,10 +246,12 @@ def save_adapters(folder: str | os.PathLike[str], trainable: names.Tree, identit
         step: the number of training steps behind them.
     """
     metadata = Metadata(identity, step, package_version(), leaves_of(trainable), {})
-    with _context():
-        ocp.save_checkpointables(
-            _path(folder), {"adapters": trainable}, overwrite=True, custom_metadata=metadata.to_json()
-        )
+    folder = absolute(folder)
+    told = metadata.to_json()
+    with context():
+        ocp.save_checkpointables(folder, {"adapters": trainable}, overwrite=True, custom_metadata=told)
+    if distributed.is_first():
+        checksums.write(folder, told)
 
 
 def load_adapters(
@@ -193,10 +277,12 @@ def load_adapters(
         The trained leaves as a nested dict, and the metadata.
 
     Raises:
-        UserError: if there is no such checkpoint or it does not fit; every leaf or field that differs is named.
+        UserError: if there is no such checkpoint, a file of it is damaged, or it does not fit; every leaf or field that
+            differs is named.
     """
-    found = _find(_path(folder), step)
-    metadata = _read_metadata(found)
+    found = find(absolute(folder), step)
+    check_whole(found, ("adapters",))
+    metadata = read_metadata(found)
     check(found, metadata, identity, None if expected is None else leaves_of(expected), None)
     placed = names.flatten(shardings) if isinstance(shardings, Mapping) else dict.fromkeys(metadata.leaves, shardings)
     if missing := sorted(metadata.leaves.keys() - placed.keys()):
@@ -207,48 +293,8 @@ def load_adapters(
         return jax.ShapeDtypeStruct(leaf.shape, dtype if cast else leaf.dtype, sharding=placed[name])
 
     abstract = names.unflatten({name: target(name, leaf) for name, leaf in metadata.leaves.items()})
-    with _context():
+    with context():
         return ocp.load_checkpointables(found, {"adapters": _abstract(abstract)})["adapters"], metadata
-
-
-def _context() -> ocp.Context:
-    """Orbax's settings: its defaults (zarr 3 in one OCDBT file, compressed), and the data item as plain JSON."""
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    return context
-
-
-def _path(folder: str | os.PathLike[str]) -> epath.Path:
-    return epath.Path(folder).expanduser().absolute()
-
-
-def _find(folder: epath.Path, step: int | None) -> epath.Path:
-    """The folder of one complete checkpoint: of ``step``, the newest, or ``folder`` itself if it is one."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give the folder of a run's checkpoints or of one of them")
-    if step is None and _is_complete(folder):
-        return folder
-    # A save that was cut off leaves "STEP.orbax-checkpoint-tmp", whose name is no number.
-    complete = {int(f.name): f for f in folder.iterdir() if f.name.isdecimal() and _is_complete(f)}
-    if not complete or (step is not None and step not in complete):
-        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise UserError(f"{folder} holds no complete {wanted}; it has steps {sorted(complete) or 'none'}")
-    return complete[max(complete) if step is None else step]
-
-
-def _is_complete(folder: epath.Path) -> bool:
-    # Not ocp.is_orbax_checkpoint, which also accepts an empty folder.
-    return (folder / "_CHECKPOINT_METADATA").exists()
-
-
-def _read_metadata(folder: epath.Path) -> Metadata:
-    with _context():
-        content = ocp.checkpointables_metadata(folder).custom_metadata
-    if not content or "leaves" not in content:
-        raise UserError(f"{folder} was not written by this package: it does not say what it holds")
-    return Metadata.from_json(content)
 
 
 def _abstract(tree: Any) -> Any:
@@ -261,21 +307,8 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(of, tree)
 
 
-def _encode(state: Any) -> str:
-    return json.dumps({"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else {"json": state})
-
-
-def _decode(text: str) -> Any:
-    content = json.loads(text)
-    return base64.b64decode(content["base64"]) if "base64" in content else content["json"]
-
-
-def _gather(text: str) -> list[str]:
-    """Every process's text, in the order of the processes."""
-    if jax.process_count() == 1:
-        return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(own.size))  # [processes]
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: own.size] = own
-    return [bytes(row[:n]).decode() for row, n in zip(multihost_utils.process_allgather(padded), lengths, strict=True)]
+def _shown(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if len(text) > 400:  # what TensorStore tried to do stands at the beginning, and why it could not at the end
+        text = f"{text[:200]} ... {text[-180:]}"
+    return f"{type(error).__name__}: {text}"

@@ -11,20 +11,24 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 import vla_jax
+from vla_jax.distributed import is_first
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Writer(Protocol):
-    """Takes the numbers of one step at a time."""
+    """Takes the numbers of one step at a time; raises :class:`OSError` where they cannot be written."""
 
     def resume(self, step: int) -> None:
         """Forgets what was written for steps after ``step``, before the run goes on from there (0: a new run)."""
@@ -37,7 +41,10 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, ``{"step": 20, "train/loss": 0.5, ...}``; numbers that are not finite become null."""
+    """One JSON object a line, ``{"step": 20, "train/loss": 0.5, ...}``; numbers that are not finite become null.
+
+    Texts and lists may stand beside numbers. A line that cannot be written whole is taken back.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         """Args:
@@ -57,9 +64,16 @@ class JsonLines:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """See :meth:`Writer.write`; the line is in the file when the call returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"step": step} | {name: _number(value) for name, value in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        record = {"step": step} | {name: _json_value(value) for name, value in values.items()}
+        line = (json.dumps(record) + "\n").encode()
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                while line:  # a disk that fills up takes a part before it refuses
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(end)
+                raise
 
     def close(self) -> None:
         """See :meth:`Writer.close`; every line is already written."""
@@ -72,28 +86,37 @@ class TensorBoard:
         """Args:
         folder: where the event files go.
         """
-        self._folder = str(folder)
-        self._events: SummaryWriter | None = None
+        self._folder = Path(folder)
+        # Not SummaryWriter, whose thread dies of a full disk, after which it blocks for ever.
+        self._events: EventsWriter | None = None
 
     def resume(self, step: int) -> None:
         """See :meth:`Writer.resume`."""
         self.close()
-        # Event files are named by the second; the suffix keeps a quick restart from overwriting the one before.
-        self._events = SummaryWriter(self._folder, purge_step=step + 1, filename_suffix=f".{step:09d}")
+        self._open(step)
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=restart))
+        self._events.flush()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """See :meth:`Writer.write`."""
         if self._events is None:
-            self._events = SummaryWriter(self._folder)
+            self._open(0)
         for name, value in values.items():
-            self._events.add_scalar(name, float(value), step)
+            summary = scalar(name, float(value))
+            self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
         self._events.flush()
 
     def close(self) -> None:
         """See :meth:`Writer.close`."""
         if self._events is not None:
-            self._events.close()
-            self._events = None
+            events, self._events = self._events, None
+            events.close()
+
+    def _open(self, step: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Event files are named by the second; the suffix keeps a quick restart from overwriting the one before.
+        self._events = EventsWriter(str(self._folder / "events"), filename_suffix=f".{step:09d}")
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -147,10 +170,14 @@ def versions() -> dict[str, Any]:
 def run_record(workdir: str | os.PathLike[str], config: Any) -> None:
     """Writes ``config.json`` (the resolved configuration) and ``versions.json`` into the work directory.
 
+    Of several processes the first alone writes.
+
     Args:
         workdir: the run's folder; created if missing.
         config: a (nested) dataclass or a mapping; values JSON does not know are written as their text.
     """
+    if not is_first():
+        return
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     resolved = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
@@ -158,8 +185,8 @@ def run_record(workdir: str | os.PathLike[str], config: Any) -> None:
     (workdir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
 
 
-def _number(value: Any) -> float | int | None:
-    if isinstance(value, int):
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, int | str | list):
         return value
     return float(value) if math.isfinite(float(value)) else None
 

@@ -24,6 +24,9 @@ ADAPTERS = _ADDED + _REST_FROZEN
 # Everything is trained: full fine-tuning.
 FULL = (*_KEPT, Rule(r".*", train=True, optional=True))
 
+# Everything that a model that is shown pictures alone makes use of: its full fine-tuning.
+IMAGE_TOWER = (*_ADDED, Rule(r"backbone/vision/.*", train=True, optional=True), *_REST_FROZEN)
+
 # The heads alone are trained.
 LINEAR_PROBE = (
     Rule(r"heads/.*", train=True, optional=True),
@@ -69,6 +72,7 @@ PRESETS: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
     {
         "adapters": ADAPTERS,
         "full": FULL,
+        "image_tower": IMAGE_TOWER,
         "linear_probe": LINEAR_PROBE,
         "bitfit": BITFIT,
         "layer_norm": LAYER_NORM,

@@ -129,7 +129,9 @@ def place(tree: Any, shardings: Any) -> Any:
         shardings = jax.tree.map(lambda _: shardings, tree)
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(leaf, jax.Array):
+        # What this process holds whole needs no other process: device_put would compare the values of all of them.
+        own = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+        if isinstance(leaf, jax.Array) and (sharding.is_fully_addressable or not own):
             return jax.device_put(leaf, sharding)
         array = np.asarray(leaf)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -178,11 +178,12 @@ def make_train_step(
     Returns:
         ``step(state, frozen, batch) -> (state, metrics)``. The given state's buffers are reused for the new one: the
         given one cannot be read afterwards. The loss function's metrics come back with ``loss``, ``gradient_norm``
-        (of the trainable leaves, before clipping; under accumulation, of this part alone) and ``learning_rate``
-        (of the last update; ``learning_rate/<group>`` for each further group).
+        (of the trainable leaves, before clipping; under accumulation, of this part alone), ``learning_rate``
+        (of the last update; ``learning_rate/<group>`` for each further group) and ``skipped``: 1 where loss or gradient
+        was not finite. Such a step is counted and changes nothing else: trained leaves and optimiser stay as they were.
 
     Raises:
-        UserError: if the seed is out of range, or, on tracing, if a metric has one of the three names.
+        UserError: if the seed is out of range, or, on tracing, if a metric has one of these names.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} is out of range; allowed: 0 to {2**32 - 1}")
@@ -195,11 +196,18 @@ def make_train_step(
 
         (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
         updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
-        own = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **learning_rates(moments)}
+        # The norm is taken anyway, and is not finite where any gradient is not; the choice fuses with the update.
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        trainable, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.trainable, updates), moments),
+            (state.trainable, state.optimizer),
+        )
+        own = {"loss": loss, "gradient_norm": norm, "skipped": (~finite).astype(jnp.int32), **learning_rates(moments)}
         if taken := sorted(own.keys() & metrics.keys()):
             raise UserError(f"the loss function's metrics use the step's own names {taken}; rename them")
-        state = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), moments)
-        return state, metrics | own
+        return TrainState(state.step + 1, trainable, moments), metrics | own
 
     if shardings is None:
         return Step(jax.jit(train_step, donate_argnums=0), constants=(np.uint32(seed),))

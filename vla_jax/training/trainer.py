@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
-import threading
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
 from vla_jax import names
 from vla_jax.errors import UserError
-from vla_jax.training.checkpoint import Checkpointer
+from vla_jax.training.checkpoint import Checkpointer, SaveError
 from vla_jax.training.clock import Clock
-from vla_jax.training.metrics import Writer, peak_memory_bytes
+from vla_jax.training.interrupts import Interrupted, Interrupts
+from vla_jax.training.metrics import JsonLines, Writer, peak_memory_bytes
+from vla_jax.training.skipped import FiniteWatch, NonFiniteError
 from vla_jax.training.step import Batch, Metrics, TrainState
+from vla_jax.training.tolerance import Tolerance
+
+__all__ = ["Batches", "Evaluation", "Fitted", "Interrupted", "NonFiniteError", "fit"]
+
+_log = logging.getLogger(__name__)
 
 Evaluation = Callable[[TrainState], Mapping[str, float]]
 
@@ -36,14 +39,6 @@ class Batches(Protocol):
 
     def restore(self, state: Any) -> None:
         """Goes on behind the batch after which ``state`` was taken."""
-
-
-class NonFiniteError(UserError):
-    """Training left the finite numbers; no checkpoint holds the broken weights."""
-
-
-class Interrupted(SystemExit):
-    """Training was asked to stop by SIGINT, SIGTERM or preemption, and left a checkpoint if it had where to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +74,8 @@ def fit(
     evaluate_every: int | None = None,
     log_every: int = 20,
     writers: Sequence[Writer] = (),
+    skipped: JsonLines | None = None,
+    tolerance: Tolerance | None = None,
     progress: bool | None = None,
     description: str = "training",
 ) -> Fitted:
@@ -96,6 +93,8 @@ def fit(
         evaluate_every: how many steps lie between evaluations; the last step is always evaluated.
         log_every: how many steps lie between logged ones. Only there does the host wait for the device.
         writers: where logged numbers go; only the first process writes. They are closed at the end.
+        skipped: where steps that were not applied are named, with their examples; only the first process writes.
+        tolerance: when the run stops by itself; the default of :class:`Tolerance` if None.
         progress: whether the first process shows a progress bar; None shows it on a terminal only.
         description: the bar's label.
 
@@ -103,9 +102,11 @@ def fit(
         The last state, the history and the timing.
 
     Raises:
-        NonFiniteError: if the loss, or a weight about to be saved, is not finite; it names the step.
-        UserError: if the data ends early, an interval is not positive, or the checkpoint does not fit or is beyond
-            ``steps``.
+        NonFiniteError: if too many steps in a row were not applied, or a weight about to be saved is not finite; it
+            names the step.
+        SaveError: if a checkpoint cannot be saved and that is not tolerated.
+        UserError: if the data ends early, an interval is not positive, the checkpoint does not fit or is beyond
+            ``steps``, or numbers cannot be written and that is not tolerated.
         Interrupted: after SIGINT, SIGTERM or preemption, once the step is done and saved. A second signal acts at once.
     """
     if log_every < 1 or (evaluate_every is not None and evaluate_every < 1):
@@ -117,33 +118,35 @@ def fit(
     if start > steps:
         raise UserError(f"{start} steps are done already, more than the {steps} asked for; raise the number of steps")
     first_process = jax.process_index() == 0
-    writers = writers if first_process else ()
+    tolerance = tolerance or Tolerance()
+    keeper = _Keeper(checkpointer, batches, tolerance.unsaved)
+    log = _Log(writers if first_process else (), tolerance.unsaved)
+    watch = FiniteWatch(tolerance.skipped_steps, skipped if first_process else None, keeper.latest_step)
 
     history: list[dict[str, Any]] = []
-    losses: dict[int, jax.Array] = {}  # On the device, until the next look at them.
-    clock = Clock()
+    clock, interrupts = Clock(), Interrupts()
     hidden = not first_process or (None if progress is None else not progress)
     bar = tqdm(total=steps, initial=start, desc=description, unit="step", disable=hidden)
-    with bar, _signals() as received, contextlib.ExitStack() as closing:
-        for writer in writers:
-            writer.resume(start)
-            closing.callback(writer.close)
+    with bar, interrupts.collected(), contextlib.ExitStack() as closing:
+        closing.enter_context(log.resumed(start))
+        watch.resume(start)
         for step in range(start + 1, steps + 1):
             try:
                 batch = _draw(batches, step, steps)
             except Exception:
                 # Ctrl-C in a terminal reaches data workers as well, and the pipeline fails when they die of it.
-                if received:
-                    _leave(received[0], step - 1, state, losses, batches, checkpointer)
+                if interrupts.received:
+                    _leave(interrupts.received[0], step - 1, state, watch, keeper)
                 raise
+            remembered = watch.remember(batch)
             state, metrics = train_step(state, frozen, batch)
-            losses[step] = metrics["loss"]
+            watch.stepped(step, metrics, remembered)
             clock.stepped(metrics, examples=jax.tree.leaves(batch)[0].shape[0])
             bar.update()
 
             record: dict[str, Any] = {}
             if step % log_every == 0 or step == steps:
-                _require_finite(losses, checkpointer)
+                watch.look()
                 record |= {f"train/{name}": value.item() for name, value in jax.device_get(metrics).items()}
                 record |= clock.read(metrics)
                 bar.set_postfix(loss=f"{record['train/loss']:.4g}", refresh=False)
@@ -153,21 +156,19 @@ def fit(
                         record |= {f"{name}/{metric}": value for metric, value in evaluate(state).items()}
             if record:
                 history.append({"step": step} | record)
-                for writer in writers:
-                    writer.write(step, record)
+                log.write(step, record)
 
             # Saved before the next batch is drawn, so that data and weights agree; and after the step's numbers are
             # written, so that a run that goes on from here lacks none.
-            if stop := _stop_signal(received, step):
-                _leave(stop, step, state, losses, batches, checkpointer)
-            if checkpointer is not None and (step == steps or checkpointer.should_save(step)):
+            if stop := interrupts.after(step):
+                _leave(stop, step, state, watch, keeper)
+            if keeper.is_due(step, last=step == steps):
                 with clock.paused(metrics):
-                    _require_finite(losses, checkpointer, state)
-                    checkpointer.save(step, state, batches.state(), force=True)
-    if checkpointer is not None:
-        checkpointer.wait()
-    if received:  # During the last save, when nothing was left to be cut short.
-        raise Interrupted(128 + received[0])
+                    watch.check_weights(step, state.trainable)
+                    keeper.save(step, state)
+    keeper.wait()
+    if interrupts.received:  # During the last save, when nothing was left to be cut short.
+        raise Interrupted(interrupts.received[0])
     return Fitted(
         state=state,
         history=history,
@@ -187,72 +188,75 @@ def _draw(batches: Batches, step: int, steps: int) -> Batch:
         ) from None
 
 
-def _leave(
-    number: int,
-    step: int,
-    state: TrainState,
-    losses: dict[int, jax.Array],
-    batches: Batches,
-    checkpointer: Checkpointer | None,
-) -> NoReturn:
+def _leave(number: int, step: int, state: TrainState, watch: FiniteWatch, keeper: _Keeper) -> NoReturn:
     """Saves what is done and ends the run as the signal asked for."""
-    if checkpointer is not None:
-        _require_finite(losses, checkpointer, state)
-        checkpointer.save(step, state, batches.state(), force=True)
-        checkpointer.wait()
-    raise Interrupted(128 + number)
+    if keeper.checkpointer is not None:
+        watch.check_weights(step, state.trainable)
+        keeper.save(step, state)
+        keeper.wait()
+    raise Interrupted(number)
 
 
-def _require_finite(
-    losses: dict[int, jax.Array], checkpointer: Checkpointer | None, state: TrainState | None = None
-) -> None:
-    """Raises if a loss since the last look, or a trained weight of ``state``, is not finite; forgets those losses."""
-    broken = [
-        f"the loss of step {step} is {loss}" for step, loss in jax.device_get(losses).items() if not np.isfinite(loss)
-    ]
-    if not broken and state is not None and not _all_finite(state.trainable):
-        broken = [f"a trained weight is not finite after step {int(state.step)}, though its loss was"]
-    losses.clear()
-    if broken:
-        latest = None if checkpointer is None else checkpointer.latest_step()
-        kept = "no checkpoint was saved" if latest is None else f"the checkpoint of step {latest} is still good"
-        raise NonFiniteError(
-            f"{broken[0]}; {kept}. Lower the learning rate, warm up for longer, or clip the gradient norm"
-        )
+class _Keeper:
+    """Saves checkpoints, if there is where to, and bears what the run tolerates."""
+
+    def __init__(self, checkpointer: Checkpointer | None, batches: Batches, tolerant: bool):
+        self.checkpointer, self._batches, self._tolerant = checkpointer, batches, tolerant
+
+    def latest_step(self) -> int | None:
+        return None if self.checkpointer is None else self.checkpointer.latest_step()
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        return self.checkpointer is not None and (last or self.checkpointer.should_save(step))
+
+    def save(self, step: int, state: TrainState) -> None:
+        self.wait()  # apart, so that this step is saved although the save before it failed
+        with self._borne():
+            self.checkpointer.save(step, state, self._batches.state(), force=True)
+
+    def wait(self) -> None:
+        if self.checkpointer is not None:
+            with self._borne():
+                self.checkpointer.wait()
+
+    @contextlib.contextmanager
+    def _borne(self) -> Iterator[None]:
+        try:
+            yield
+        except SaveError as error:
+            if not self._tolerant:
+                raise
+            _log.warning("%s. Training goes on, and tries again when the next one is due", error)
 
 
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+class _Log:
+    """Writes numbers, and bears what the run tolerates."""
 
+    def __init__(self, writers: Sequence[Writer], tolerant: bool):
+        self._writers, self._tolerant = writers, tolerant
+        self._failing: set[int] = set()  # told once, until it goes well again
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of the first, so that the step in progress is finished and saved.
+    @contextlib.contextmanager
+    def resumed(self, step: int) -> Iterator[None]:
+        """Goes on behind a step inside, and closes all writers at the end."""
+        self._each(lambda writer: writer.resume(step))
+        try:
+            yield
+        finally:
+            self._each(lambda writer: writer.close())
 
-    Several processes must agree on the step at which they stop; for them JAX's preemption notice does that.
-    """
-    received: list[int] = []
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        self._each(lambda writer: writer.write(step, record))
 
-    def remember(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    for number in previous:
-        signal.signal(number, remember)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _stop_signal(received: list[int], step: int) -> int | None:
-    """The signal that asks to stop after this step, the same on every process, or None."""
-    if jax.process_count() > 1:
-        return int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None
-    return received[0] if received else None
+    def _each(self, do: Callable[[Writer], None]) -> None:
+        for number, writer in enumerate(self._writers):
+            try:
+                do(writer)
+                self._failing.discard(number)
+            except OSError as error:
+                problem = f"the run's numbers cannot be written ({type(writer).__name__}): {error}"
+                if not self._tolerant:
+                    raise UserError(f"{problem}; make room, or let the run bear it with tolerance.unsaved") from error
+                if number not in self._failing:
+                    _log.warning("%s. Training goes on without them", problem)
+                self._failing.add(number)

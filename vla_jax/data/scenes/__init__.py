@@ -3,6 +3,7 @@
 from vla_jax.data.scenes.quadruples import hard_twins
 from vla_jax.data.scenes.render import annotations, object_arrays, patch_labels, render
 from vla_jax.data.scenes.sampling import SWAPS, CaptionWeights, Scene, SceneConfig, SceneObject, draw_scene, seeded
+from vla_jax.data.scenes.shift import Shift
 from vla_jax.data.scenes.source import KINDS, SceneSource
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "SceneConfig",
     "SceneObject",
     "SceneSource",
+    "Shift",
     "annotations",
     "draw_scene",
     "hard_twins",

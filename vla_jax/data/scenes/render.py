@@ -150,7 +150,7 @@ def _colored(shape: int, texture: int, color: int, extent: int) -> tuple[np.ndar
     return drawn.paper + drawn.ink * _PALETTE[color], drawn.through
 
 
-def _corner(thing: SceneObject, size: int) -> tuple[int, int, int]:
+def corner(thing: SceneObject, size: int) -> tuple[int, int, int]:
     """Left, top and extent of an object's square, in pixels."""
     extent = max(3, round(thing.scale * size))
     return math.floor(thing.x * size - extent / 2 + 0.5), math.floor(thing.y * size - extent / 2 + 0.5), extent
@@ -161,7 +161,7 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
     picture = np.empty((size, size, 3), np.uint8)
     picture[:] = scene.background
     for thing in scene.objects:
-        left, top, extent = _corner(thing, size)
+        left, top, extent = corner(thing, size)
         added, through = _colored(thing.shape, thing.texture, thing.color, extent)
         window = picture[top : top + extent, left : left + extent]
         window[:] = window * through + (added + 0.5)
@@ -170,7 +170,7 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
 
 def object_box(thing: SceneObject, size: int = 64) -> tuple[int, int, int, int]:
     """The bounds of an object in pixels: x0, y0, x1, y1 with x1 and y1 beyond the last pixel."""
-    left, top, extent = _corner(thing, size)
+    left, top, extent = corner(thing, size)
     x0, y0, x1, y1 = glyph(thing.shape, thing.texture, extent).box
     return left + x0, top + y0, left + x1, top + y1
 
@@ -238,7 +238,7 @@ def patch_labels(scene: Scene, grid: int, size: int = 64) -> np.ndarray:
     best = np.zeros((grid, grid), np.int64)
     labels = np.zeros((grid, grid, 4), np.int32)
     for thing in scene.objects:
-        left, top, extent = _corner(thing, size)
+        left, top, extent = corner(thing, size)
         covered = _covered(thing.shape, thing.texture, extent, left % patch, top % patch, patch)
         rows = slice(top // patch, top // patch + covered.shape[0])
         columns = slice(left // patch, left // patch + covered.shape[1])

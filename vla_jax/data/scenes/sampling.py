@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
+from vla_jax.data.scenes.shift import Shift
 from vla_jax.data.scenes.vocabulary import ATTRIBUTES, COLORS, PLACES, SHAPES, SIZES, STATEMENT_KINDS, TEXTURES
 from vla_jax.errors import UserError, unknown
 
@@ -118,6 +119,8 @@ class SceneConfig:
             twins apart; the others' captions are full.
         patch_grid: if positive, captions and twins also carry ``patch_labels`` on a grid of this many patches a side,
             and ``objects`` as padded arrays.
+        shift: the world in which pictures show the scenes; None for the plain one. What scenes are drawn, and what is
+            said of them, does not depend on it.
     """
 
     seed: int = 0
@@ -139,6 +142,7 @@ class SceneConfig:
     twin_swaps: tuple[str, ...] = SWAPS
     twin_pair_share: float = 0.5
     patch_grid: int = 0
+    shift: Shift | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_objects <= self.max_objects <= MAX_OBJECTS:

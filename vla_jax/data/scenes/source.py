@@ -10,6 +10,7 @@ from typing import Any
 from vla_jax.data.scenes import captions, quadruples, statements
 from vla_jax.data.scenes.render import annotations, object_arrays, object_box, patch_labels, render
 from vla_jax.data.scenes.sampling import NoContent, Scene, SceneConfig, allowed_ids, check_split, draw_scene, seeded
+from vla_jax.data.scenes.shifted import render_shifted
 from vla_jax.data.scenes.vocabulary import ANSWERS, COLORS, SHAPES
 from vla_jax.errors import UserError, unknown
 
@@ -76,7 +77,9 @@ class SceneSource:
 
 
 def _seen(scene: Scene, config: SceneConfig) -> Example:
-    return {"image": render(scene, config.image_size), "scene": annotations(scene, config.image_size)}
+    size = config.image_size
+    image = render(scene, size) if config.shift is None else render_shifted(scene, config.shift, size)
+    return {"image": image, "scene": annotations(scene, size)}
 
 
 def _supervision(scene: Scene, config: SceneConfig, prefix: str = "") -> Example:

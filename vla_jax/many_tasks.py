@@ -1,0 +1,192 @@
+"""Several tasks as one: their examples in one source, their heads over one set of towers, their results apart.
+
+What comes out is an ordinary task with ordinary data, so that whatever trains one task trains several. A batch holds
+rows of all tasks: ``task`` says whose a row is; ``route``, which adapters it goes through, is the same number unless
+somebody sends it elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vla_jax.backbones.clip import CLIPOutput
+from vla_jax.data.mixed_batches import Joined
+from vla_jax.data.stages import Gap, Guarded, Row, Source, Transform
+from vla_jax.errors import UserError
+from vla_jax.model import Batch, Task, fixed_texts
+from vla_jax.names import Tree
+from vla_jax.variants import TaskData
+
+SENT = "sent"
+"""The field of an example that says which adapters it goes through, where those are not its task's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyTasks:
+    """The heads of several tasks, each for the rows of its own.
+
+    Attributes:
+        tasks: the tasks; ``batch["task"]`` counts them.
+        name: the heads' name, ``heads/<name>/<task>/...``.
+    """
+
+    tasks: tuple[Task, ...]
+    name: str = "tasks"
+
+    def __post_init__(self):
+        names = [task.name for task in self.tasks]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"tasks that are put together need names of their own; got {', '.join(names) or 'none'}")
+        if own := [task.name for task in self.tasks if fixed_texts(task) is not None]:
+            raise UserError(
+                f"{', '.join(own)} has texts of its own in place of the batch's, which other tasks need; give it a "
+                "head on features instead"
+            )
+
+    def init(self, features: int) -> Tree:
+        """New heads, by task."""
+        return {task.name: task.init(features) for task in self.tasks}
+
+    def loss(self, head: Tree, output: CLIPOutput, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The mean of the tasks' losses, each over its own rows, and every task's loss and accuracy.
+
+        A task without a row in the batch adds nothing to the sum.
+        """
+        losses, metrics = [], {}
+        for task, rows in self._rows(batch):
+            loss, found = task.loss(head[task.name], output, rows)
+            losses.append(loss)
+            metrics[f"{task.name}_loss"] = loss
+            metrics |= {f"{task.name}_{name}": value for name, value in found.items() if name == "accuracy"}
+        return jnp.stack(losses).mean(), metrics
+
+    def predict(self, head: Tree, output: CLIPOutput, batch: Batch) -> dict[str, jax.Array]:
+        """``task`` int32 ``[batch]``, and every task's results for all rows as ``<task>/<field>``."""
+        found = {"task": batch["task"]}
+        for task, rows in self._rows(batch):
+            results = task.predict(head[task.name], output, rows)
+            found |= {f"{task.name}/{name}": values for name, values in results.items()}
+        return found
+
+    def finish(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Whether each example is right, by the rule of its own task; ``task`` and ``index`` as they were."""
+        correct = np.zeros(len(found["task"]), bool)
+        for number, task in enumerate(self.tasks):
+            rows, prefix = found["task"] == number, f"{task.name}/"
+            own = {name.removeprefix(prefix): found[name][rows] for name in found if name.startswith(prefix)}
+            if rows.any():
+                correct[rows] = task.finish(own)["correct"]
+        return {name: found[name] for name in ("task", "index") if name in found} | {"correct": correct}
+
+    def _rows(self, batch: Batch) -> list[tuple[Task, dict[str, jax.Array]]]:
+        """The batch as each task sees it: other tasks' rows do not count, and their labels mean nothing."""
+        views = []
+        for number, task in enumerate(self.tasks):
+            own = batch["task"] == number
+            valid = own & batch["valid"] if "valid" in batch else own
+            # A label that the task has no class for would make a loss of NaN, which no mask takes back.
+            views.append((task, dict(batch) | {"valid": valid, "label": jnp.where(own, batch["label"], 0)}))
+        return views
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnTransform:
+    """The transform of each example's own task; fields that only other tasks have are zero."""
+
+    transforms: tuple[Transform, ...]
+    blank: Mapping[str, np.ndarray]
+
+    def __call__(self, example: Mapping[str, Any], generator: np.random.Generator | None = None) -> Row:
+        task = example["route"]
+        row = self.transforms[task](example, generator)
+        route = example.get(SENT, task)
+        return {**self.blank, **row, "task": np.asarray(task, np.int32), "route": np.asarray(route, np.int32)}
+
+
+class Sent:
+    """Examples of several tasks, sent through adapters that somebody chose.
+
+    Args:
+        source: examples that tell their task, as :func:`as_one` joins them.
+        routes: int ``[examples]``, the adapters of each; -1 is the bare backbone.
+    """
+
+    def __init__(self, source: Source, routes: np.ndarray):
+        if len(source) != len(routes):
+            raise UserError(f"{len(routes)} routes were given for {len(source)} examples")
+        self._source, self._routes = source, routes
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self._source[index]) | {SENT: int(self._routes[index])}
+
+
+def as_one(parts: Mapping[str, TaskData]) -> TaskData:
+    """Several tasks with their data as one.
+
+    Examples of a split stand one task after the other, in the order of ``parts``.
+
+    Args:
+        parts: the tasks by the names that they get here; without splits the task alone comes out.
+
+    Raises:
+        UserError: if tasks have different splits, or rows whose common fields differ in shape or dtype.
+    """
+    splits = [tuple(part.splits) for part in parts.values()]
+    if len(set(splits)) > 1:
+        raise UserError(f"tasks that are put together have the same splits; got {', '.join(map(str, splits))}")
+    tasks = tuple(dataclasses.replace(part.task, name=name) for name, part in parts.items())
+    transform = _OwnTransform(tuple(part.transform for part in parts.values()), _blank(parts))
+    joined = {split: Joined([part.splits[split] for part in parts.values()]) for split in splits[0]}
+    return TaskData(ManyTasks(tasks), joined, transform)
+
+
+def apart(parts: Mapping[str, TaskData], found: Mapping[str, np.ndarray], split: str) -> dict[str, dict[str, Any]]:
+    """Predictions of several tasks together, by task.
+
+    Args:
+        parts: as they were put together.
+        found: predictions with ``index``, ``task`` and others, each ``[seeds, examples]``.
+        split: which they are of.
+
+    Returns:
+        The same fields by task, with ``index`` the examples' places in the task's own source.
+    """
+    start, told = 0, {}
+    for number, (name, part) in enumerate(parts.items()):
+        own = found["task"][0] == number
+        rows = {field: values[:, own] for field, values in found.items() if field != "task"}
+        told[name] = rows | {"index": rows["index"] - start}
+        start += len(part.splits[split])
+    return told
+
+
+def _blank(parts: Mapping[str, TaskData]) -> Row:
+    """Zeros for every field that some task's rows have; rows that cannot be stacked are found here."""
+    first: dict[str, tuple[str, np.ndarray]] = {}
+    for name, part in parts.items():
+        for field, value in _readable_row(name, part).items() if part.splits else ():
+            other, known = first.setdefault(field, (name, value))
+            if (known.shape, known.dtype) != (value.shape, value.dtype):
+                raise UserError(
+                    f"rows of {other} and {name} differ in {field}: {known.dtype} {list(known.shape)} and "
+                    f"{value.dtype} {list(value.shape)}; give both the same text length and picture size"
+                )
+    return {field: np.zeros_like(value) for field, (_, value) in first.items()}
+
+
+def _readable_row(name: str, part: TaskData) -> Row:
+    source = next(iter(part.splits.values()))
+    for index in range(len(source)):
+        row = Guarded(part.transform)((index, source[index]))
+        if not isinstance(row, Gap):
+            return {field: value for field, value in row.items() if field not in ("valid", "index")}
+    raise UserError(f"none of the pictures of {name} can be decoded")
