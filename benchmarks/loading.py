@@ -146,11 +146,10 @@ def load_cut(folder: str) -> dict[str, Any]:
     table = ParameterTable(preset("full")).resolve({"backbone": abstract_params(load_config(folder))})
     shardings = flatten(table.shardings(mesh))
     jax.block_until_ready(jax.numpy.zeros(1))
-    found = _measured(
+    return _measured(
         lambda: jax.block_until_ready(load_backbone(folder, shardings=shardings.__getitem__).params),
         {"jax": jax.__version__},
     )
-    return found
 
 
 def load_peer(folder: str) -> dict[str, Any]:

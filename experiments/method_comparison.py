@@ -110,7 +110,7 @@ class Config:
             raise UserError(f"latency_batch must be at least 1, got {self.latency_batch}")
 
 
-# One or two of every family: what two cores compare within the hour, with every learning rate run to its end.
+# One or two of every family, so that every learning rate can be run to its end.
 REPRESENTATIVES = (
     "linear",
     "full",
