@@ -20,11 +20,11 @@ from rich.progress import Progress
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # run as a script, from a checkout
 
-from benchmarks.flop import step_flop  # noqa: E402
 from benchmarks.measuring import TOKENS, alone  # noqa: E402
 from benchmarks.report import Record, append_record, command_line, started  # noqa: E402
 from benchmarks.scaling_report import DOCUMENT, section, show  # noqa: E402
 from vla_jax.errors import UserError  # noqa: E402
+from vla_jax.flop import pair_flop  # noqa: E402
 
 OUTPUT = Path(__file__).with_name("scaling.jsonl")
 
@@ -114,7 +114,7 @@ def measure_case(options: Options, method: Method, way: Way, devices: int) -> di
         "temporary_bytes": int(memory.temp_size_in_bytes),
         "trained": table.trained,
         "parameters": table.total,
-        "flop": step_flop(config, full=method == "full") * batch,
+        "flop": pair_flop(config, TOKENS, full=method == "full") * batch,
         "versions": {"jax": jax.__version__},
     }
 

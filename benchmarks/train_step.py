@@ -20,12 +20,12 @@ from rich.progress import Progress
 # The script is run from a checkout; a checkout need not be installed.
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from benchmarks.flop import step_flop  # noqa: E402
 from benchmarks.measuring import alone, prepare  # noqa: E402
 from benchmarks.report import append_record, command_line, started  # noqa: E402
 from benchmarks.train_step_report import section, show  # noqa: E402
 from benchmarks.training import Case, Method, Remat, measure_ours, measure_peer  # noqa: E402
 from vla_jax.errors import UserError  # noqa: E402
+from vla_jax.flop import pair_flop  # noqa: E402
 
 OUTPUT = Path(__file__).with_name("train_step.jsonl")
 # The fastest setting on each kind of device: on a CPU, keeping less for the backward pass saves more time in memory
@@ -96,7 +96,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
                 progress.update(task, description=f"{model}: writing weights")
                 prepared[model] = alone(prepare, model, f"{folder}/{model}")
             device = prepared[model]["device"]
-            flop = options.batch * step_flop(prepared[model]["config"], full=method == "full")
+            flop = options.batch * pair_flop(prepared[model]["config"], TOKENS, full=method == "full")
             for round_ in range(options.rounds):
                 results = {}
                 for framework, function in (("vla_jax", measure_ours), ("pytorch", measure_peer)):

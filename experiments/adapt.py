@@ -20,7 +20,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ import rich.table
 from vla_jax import catalogue
 from vla_jax.adapters import Plan
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
-from vla_jax.backbones.transformer import Compute
 from vla_jax.catalogue import entry, fits
 from vla_jax.comparison import Comparison
 from vla_jax.data.stages import Source, Transform
@@ -40,9 +39,10 @@ from vla_jax.errors import UserError, unknown
 from vla_jax.model import AdaptedModel
 from vla_jax.reporting.predictions import measured, pictures_of, write_predictions
 from vla_jax.reporting.table import Column, Table, write_atomically
+from vla_jax.run_config import RunConfig
 from vla_jax.task_kinds import MEASURES, Setup, annotation, data_of_kind, task_of_kind
 from vla_jax.training.optimizer import OptimizerConfig
-from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
+from vla_jax.training.sharding import check_batch, make_mesh
 from vla_jax.training.table import ResolvedTable
 from vla_jax.variants import Budget, Outcome, Probe, TaskData, Variant
 
@@ -51,13 +51,10 @@ RATES = {"head": 6e-3, "adapters": 2e-3, "light": 6e-3, "full": 3e-4}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """The whole experiment.
 
     Attributes:
-        preset: the name of the preset it came from.
-        backbone: hub name, folder, or ``tiny``.
-        storage: dtype in which the frozen backbone is kept; what is trained is float32 always.
         method: a method of :mod:`vla_jax.catalogue`.
         task: which task; from the data if empty.
         learning_rate: the peak learning rate; one that suits the method if None. The head beside adapters has
@@ -68,13 +65,8 @@ class Config:
         kept_gib: how much memory may hold what the frozen blocks below the first adapter make of the data, so that it
             is computed once; 0 computes it in every step.
         streams_dir: folder in which that is kept on disk instead, however much it is, for this run and later ones.
-        compute: how the backbone is run.
-        mesh: the devices.
     """
 
-    preset: Literal["default", "smoke"] = "default"
-    backbone: str = "tiny"
-    storage: Literal["float32", "bfloat16", "float16"] = "float32"
     method: str = "lora"
     task: str = ""
     learning_rate: float | None = None
@@ -91,8 +83,6 @@ class Config:
     )
     kept_gib: float = 2.0
     streams_dir: str = ""
-    compute: Compute = dataclasses.field(default_factory=Compute)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         entry(self.method)

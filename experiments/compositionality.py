@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import rich
@@ -25,7 +25,6 @@ import rich.table
 
 from vla_jax.adapters import Fusion, Placement
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
-from vla_jax.backbones.transformer import Compute
 from vla_jax.comparison import Comparison
 from vla_jax.data.image import Preprocess
 from vla_jax.data.pipeline import TransformExample
@@ -39,11 +38,12 @@ from vla_jax.evaluation.scene_probe import SWAPS, SceneProbe
 from vla_jax.evaluation.statistics import accuracy
 from vla_jax.model import Task
 from vla_jax.reporting import compositionality_report
+from vla_jax.run_config import RunConfig
 from vla_jax.task_data import twin_pairs
 from vla_jax.tasks.matching import Matching
 from vla_jax.tasks.similarity import Similarity
 from vla_jax.training.optimizer import OptimizerConfig
-from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
+from vla_jax.training.sharding import check_batch, make_mesh
 from vla_jax.variants import Budget, Outcome, Probe, TaskData, Variant
 
 SCORERS: Mapping[str, Task] = {"cosine": Similarity("pairs"), "head": Matching("pairs")}
@@ -85,13 +85,10 @@ MODELS: Mapping[str, Model] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """The whole experiment.
 
     Attributes:
-        preset: the name of the preset it came from.
-        backbone: hub name, folder, or ``tiny``.
-        storage: dtype in which the frozen backbone is kept; what is trained is float32 always.
         models: which of :data:`MODELS`, in the order of the table; all of them if empty.
         rank: width of the adapters.
         heads: attention heads of the fusion adapters.
@@ -105,13 +102,8 @@ class Config:
         quadruples: quadruples for each kind of swap and number of objects.
         text_length: tokens a text; must hold the longest.
         data_dir: where data sets are built and kept.
-        compute: how the backbone is run.
-        mesh: the devices.
     """
 
-    preset: Literal["default", "smoke"] = "default"
-    backbone: str = "tiny"
-    storage: Literal["float32", "bfloat16", "float16"] = "float32"
     models: tuple[str, ...] = ()
     rank: int = 32
     heads: int = 4
@@ -132,8 +124,6 @@ class Config:
     quadruples: int = 60
     text_length: int = 48
     data_dir: str = "data"
-    compute: Compute = dataclasses.field(default_factory=Compute)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         for name in self.models:

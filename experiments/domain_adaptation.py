@@ -24,7 +24,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import rich
@@ -32,7 +32,6 @@ import rich.table
 
 from vla_jax import catalogue
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
-from vla_jax.backbones.transformer import Compute
 from vla_jax.catalogue import entry
 from vla_jax.comparison import Comparison
 from vla_jax.data.cached import as_rows, evaluate
@@ -46,19 +45,17 @@ from vla_jax.evaluation.statistics import Interval, accuracy
 from vla_jax.model import AdaptedModel
 from vla_jax.reporting import domain_report
 from vla_jax.reporting.table import write_atomically
+from vla_jax.run_config import RunConfig
 from vla_jax.training.optimizer import OptimizerConfig
-from vla_jax.training.sharding import MeshConfig, batch_sharding, check_batch, make_mesh
+from vla_jax.training.sharding import batch_sharding, check_batch, make_mesh
 from vla_jax.variants import Budget, Outcome, TaskData, Variant
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """The whole experiment.
 
     Attributes:
-        preset: the name of the preset it came from.
-        backbone: hub name, folder, or ``tiny``.
-        storage: dtype in which the frozen backbone is kept; what is trained is float32 always.
         domains: which of :data:`vla_jax.domain_data.DOMAINS`.
         methods: which methods of :mod:`vla_jax.catalogue`, in the order of the tables; those that act on pictures.
         labels: labels a class; all there are come after them, and those that are not there are left out.
@@ -71,13 +68,8 @@ class Config:
         classes: pictures of single objects that models are asked about on plain scenes.
         candidates: pictures and descriptions that are candidates for each other there.
         quadruples: quadruples of each of three kinds there.
-        compute: how the backbone is run.
-        mesh: the devices.
     """
 
-    preset: Literal["default", "smoke", "full"] = "default"
-    backbone: str = "tiny"
-    storage: Literal["float32", "bfloat16", "float16"] = "float32"
     domains: tuple[str, ...] = tuple(DOMAINS)
     methods: tuple[str, ...] = ("linear", "lora", "parallel", "full")
     labels: tuple[int, ...] = (1, 4, 16, 64)
@@ -99,8 +91,6 @@ class Config:
     classes: int = 256
     candidates: int = 256
     quadruples: int = 100
-    compute: Compute = dataclasses.field(default_factory=Compute)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         for name in self.domains:

@@ -20,23 +20,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import rich
 import rich.table
 
 from vla_jax.adapters import Fusion, LoRA, Placement
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
-from vla_jax.backbones.transformer import Compute
 from vla_jax.comparison import Comparison
 from vla_jax.data.quadruple_pairs import as_scores
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation import winoground
 from vla_jax.evaluation.statistics import PairedDifference, accuracy, paired_difference
 from vla_jax.reporting import fusion_report
+from vla_jax.run_config import RunConfig
 from vla_jax.task_data import Sizes, clusters, examples_of, of_kinds, task, task_data
 from vla_jax.training.optimizer import OptimizerConfig
-from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
+from vla_jax.training.sharding import check_batch, make_mesh
 from vla_jax.variants import Budget, Outcome, TaskData, Variant
 
 TASKS = ("statements", "easy_vqa")
@@ -45,13 +45,10 @@ PLACED = ("best_early", "best_late")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """The whole experiment.
 
     Attributes:
-        preset: the name of the preset it came from.
-        backbone: hub name, folder, or ``tiny``.
-        storage: dtype in which the frozen backbone is kept; what is trained is float32 always.
         tasks: which tasks, of ``statements`` and ``easy_vqa``.
         variants: which variants, in the order of the table; all of them if empty.
         rank: width of the bottlenecks.
@@ -68,13 +65,8 @@ class Config:
         quadruples: Winoground-format quadruples.
         text_length: tokens a text; must hold the longest.
         data_dir: where data sets are built and kept.
-        compute: how the backbone is run.
-        mesh: the devices.
     """
 
-    preset: Literal["default", "smoke", "full"] = "default"
-    backbone: str = "tiny"
-    storage: Literal["float32", "bfloat16", "float16"] = "float32"
     tasks: tuple[str, ...] = TASKS
     variants: tuple[str, ...] = ()
     rank: int = 32
@@ -98,8 +90,6 @@ class Config:
     quadruples: int = 300
     text_length: int = 20
     data_dir: str = "data"
-    compute: Compute = dataclasses.field(default_factory=Compute)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         if not self.tasks:

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +33,6 @@ from vla_jax import catalogue, names
 from vla_jax.algebra import Adapter, merge
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
-from vla_jax.backbones.transformer import Compute
 from vla_jax.catalogue import METHODS, entry, fits
 from vla_jax.comparison import Comparison
 from vla_jax.errors import UserError, unknown
@@ -42,20 +41,18 @@ from vla_jax.evaluation.statistics import PairedDifference, accuracy, paired_dif
 from vla_jax.model import AdaptedModel, Batch
 from vla_jax.reporting import method_report
 from vla_jax.reporting.table import write_atomically
+from vla_jax.run_config import RunConfig
 from vla_jax.task_data import TASKS, Sizes, clusters, examples_of, of_kinds, task, task_data
 from vla_jax.training.optimizer import OptimizerConfig
-from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
+from vla_jax.training.sharding import check_batch, make_mesh
 from vla_jax.variants import Budget, Outcome, TaskData, Variant
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """The whole experiment.
 
     Attributes:
-        preset: the name of the preset it came from.
-        backbone: hub name, folder, or ``tiny``.
-        storage: dtype in which the frozen backbone is kept; what is trained is float32 always.
         tasks: which tasks, of ``statements``, ``easy_vqa`` and ``retrieval``.
         methods: which methods of :mod:`vla_jax.catalogue`, in the order of the table; all that fit if empty, as in the
             preset ``full``.
@@ -66,13 +63,8 @@ class Config:
         budget: steps, batch, seeds and optimiser, the same for every method.
         sizes: how much data.
         latency_batch: pairs of the forward pass that is timed.
-        compute: how the backbone is run.
-        mesh: the devices.
     """
 
-    preset: Literal["default", "smoke", "full"] = "default"
-    backbone: str = "tiny"
-    storage: Literal["float32", "bfloat16", "float16"] = "float32"
     tasks: tuple[str, ...] = tuple(TASKS)
     methods: tuple[str, ...] = ()
     head_rates: tuple[float, ...] = (2e-3, 6e-3, 2e-2)
@@ -92,8 +84,6 @@ class Config:
         default_factory=lambda: Sizes(train=6_400, quadruples=200, kept=512, caption_length=44)
     )
     latency_batch: int = 32
-    compute: Compute = dataclasses.field(default_factory=Compute)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         if not self.tasks:

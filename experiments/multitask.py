@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import rich
@@ -28,18 +28,18 @@ import rich.table
 from vla_jax import names
 from vla_jax.adapters import Bottleneck
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
-from vla_jax.backbones.transformer import Compute
 from vla_jax.data_sets import Generated
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation.statistics import Interval, accuracy, paired_difference
 from vla_jax.evaluation.task_means import mean_accuracy, mean_difference
 from vla_jax.reporting import multitask_report
 from vla_jax.reporting.predictions import pictures_of
+from vla_jax.run_config import RunConfig
 from vla_jax.sharing import WAYS, Shared, Sharing
 from vla_jax.task_routes import TaskRoutes, learn_routes
 from vla_jax.task_set import TASKS, member_data
 from vla_jax.training.optimizer import OptimizerConfig
-from vla_jax.training.sharding import MeshConfig, check_batch, make_mesh
+from vla_jax.training.sharding import check_batch, make_mesh
 from vla_jax.variants import Budget
 
 ROUTED = "routed"
@@ -54,13 +54,10 @@ Pictures = Mapping[str, list[str] | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """The whole experiment.
 
     Attributes:
-        preset: the name of the preset it came from.
-        backbone: hub name, folder, or ``tiny``.
-        storage: dtype in which the frozen backbone is kept; what is trained is float32 always.
         tasks: which of :data:`vla_jax.task_set.TASKS`, in the order of the table.
         ways: which of :data:`vla_jax.sharing.WAYS`, in the order in which they are trained.
         reduction: the width of the towers over that of the bottlenecks.
@@ -73,13 +70,8 @@ class Config:
         text_length: tokens a text; must hold the longest.
         router_examples: examples of each task that the router learns from.
         data_dir: where data sets are built and kept.
-        compute: how the backbone is run.
-        mesh: the devices.
     """
 
-    preset: Literal["default", "smoke", "full"] = "default"
-    backbone: str = "tiny"
-    storage: Literal["float32", "bfloat16", "float16"] = "float32"
     tasks: tuple[str, ...] = ("classification", "easy_vqa", "retrieval", "grounding", "statements")
     ways: tuple[str, ...] = tuple(WAYS)
     reduction: int = 4
@@ -101,8 +93,6 @@ class Config:
     text_length: int = 44
     router_examples: int = 500
     data_dir: str = "data"
-    compute: Compute = dataclasses.field(default_factory=Compute)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         for kind, given, known in (("task", self.tasks, TASKS), ("way of sharing", self.ways, WAYS)):

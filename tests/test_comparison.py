@@ -17,8 +17,10 @@ from vla_jax.backbones.transformer import Compute
 from vla_jax.comparison import Comparison
 from vla_jax.data.cached import ArraySource, as_rows
 from vla_jax.errors import UserError
+from vla_jax.flop import batch_flop
 from vla_jax.tasks.matching import Matching
 from vla_jax.training.checkpoint import load_adapters
+from vla_jax.training.compilations import compiled
 from vla_jax.training.metrics import read_records
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.sharding import MeshConfig, make_mesh
@@ -229,6 +231,21 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(tmp_path
     assert records[0] == records[1]
     assert resumed.validation == whole.validation
     np.testing.assert_array_equal(resumed.predictions["test"]["score"], whole.predictions["test"]["score"])
+
+
+def test_all_runs_of_a_variant_share_one_compiled_step(tmp_path):
+    before = compiled()
+    comparison = _comparison(tmp_path, budget=dataclasses.replace(BUDGET, profile="2:3"))
+    comparison.run(FUSED)
+    made = compiled() - before
+    # Two rates and two seeds; predictions of the task for validation, test and probe, with and without streams.
+    assert made["jit(train_step)"] == 1
+    assert made["jit(eval_step)"] == 2
+    profiles = [path.relative_to(tmp_path).parts[:3] for path in tmp_path.rglob("*.xplane.pb")]
+    assert profiles == [("fused", f"learning_rate_{FUSED.learning_rates[0]:g}", "seed_0")]
+    logged = read_records(next(tmp_path.rglob("metrics.jsonl")))[-1]
+    flop = batch_flop(comparison.model(FUSED), comparison.table(FUSED), batch(BUDGET.batch_size))
+    assert 0 < logged["flop_per_second"] * logged["seconds_per_step"] < flop  # less: the frozen blocks are not run
 
 
 def test_streams_are_computed_once_for_variants_that_start_alike_and_not_at_all_for_a_trained_backbone(tmp_path):

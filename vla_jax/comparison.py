@@ -30,6 +30,7 @@ from vla_jax.data.cached import Chosen, as_rows, evaluate
 from vla_jax.data.pipeline import Pipeline
 from vla_jax.data.stages import Source, Transform
 from vla_jax.errors import UserError
+from vla_jax.flop import batch_flop, device_peak
 from vla_jax.frozen_streams import frozen_streams
 from vla_jax.model import AdaptedModel, Task
 from vla_jax.reporting.table import write_atomically
@@ -38,6 +39,7 @@ from vla_jax.training.checkpoint_metadata import Identity
 from vla_jax.training.metrics import JsonLines, TensorBoard, read_records
 from vla_jax.training.optimizer import GroupConfig, make_optimizer
 from vla_jax.training.presets import GROUPS, preset
+from vla_jax.training.profile import Profiler, Span
 from vla_jax.training.sharding import place
 from vla_jax.training.step import Step, TrainState, init_state, make_eval_step, make_train_step, step_shardings
 from vla_jax.training.table import ParameterTable, ResolvedTable, Rule
@@ -150,11 +152,11 @@ class _Programs:
     """What is compiled for a variant, for all of its runs.
 
     Attributes:
-        train: the training step and its memory in bytes.
+        train: the training step, its memory in bytes and what it computes, in FLOP.
         evaluations: by task, the predictions; of the trained task at None.
     """
 
-    train: tuple[Step, int] | None = None
+    train: tuple[Step, int, float] | None = None
     evaluations: dict[Task | None, Step] = dataclasses.field(default_factory=dict)
 
 
@@ -219,7 +221,7 @@ class _VariantRun:
         pipeline = Pipeline(train, transform, self.budget.batch_size, training=True, seed=seed)
         batches = Batches(iter(pipeline), self.shardings.batch)
         try:
-            program, step_bytes = self._train_program(state, batches)
+            program, step_bytes, flop = self._train_program(state, batches)
             with Checkpointer(folder / "checkpoints", self.identity, every=self.budget.checkpoint_every) as saver:
                 fitted = fit(
                     state,
@@ -232,6 +234,9 @@ class _VariantRun:
                     writers=(JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")),
                     skipped=JsonLines(folder / "skipped.jsonl"),
                     tolerance=self.budget.tolerance,
+                    flop=flop,
+                    peak=device_peak(),
+                    profiler=Profiler(self._profiled(rate, seed), folder / "profile"),
                     description=f"{self.variant.title}, {rate:g}, seed {seed}",
                 )
         finally:
@@ -250,6 +255,11 @@ class _VariantRun:
             # The checkpoints served to go on from; the adapters alone are kept.
             distributed.remove_folder(folder / "checkpoints")
         return result
+
+    def _profiled(self, rate: float, seed: int) -> Span | None:
+        """The steps of a run that are profiled: one run says what all of a variant would."""
+        first = (rate, seed) == (self.variant.learning_rates[0], self.budget.seeds[0])
+        return Span.parse(self.budget.profile) if first else None
 
     def _drawn(self, source: Source, seed: int) -> Source:
         """What a seed trains on of the training split."""
@@ -351,17 +361,19 @@ class _VariantRun:
             evaluations[task] = make_eval_step(predict, shardings=self.shardings)
         return evaluations[task]
 
-    def _train_program(self, state: TrainState, batches: Batches) -> tuple[Step, int]:
-        """The compiled training step and its memory in bytes; every learning rate and every seed is an argument."""
+    def _train_program(self, state: TrainState, batches: Batches) -> tuple[Step, int, float]:
+        """The compiled training step, its memory in bytes and its FLOP; every rate and every seed is an argument."""
         if self._programs.train is None:
             optimizer = self._optimizer(1.0, state.trainable)
             step = make_train_step(self.model.loss, optimizer, seed=0, shardings=self.shardings)
             start = batches.state()
-            compiled = step.lower(state, self._frozen, next(batches)).compile()
+            batch = next(batches)
+            compiled = step.lower(state, self._frozen, batch).compile()
             batches.restore(start)
             memory = compiled.memory_analysis()
             used = int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
-            self._programs.train = dataclasses.replace(step, program=compiled), used
+            flop = batch_flop(self.model, self.table, batch)
+            self._programs.train = dataclasses.replace(step, program=compiled), used, flop
         return self._programs.train
 
 

@@ -140,6 +140,9 @@ def load_experiment(name: str) -> ModuleType:
 def parse_config(experiment: ModuleType, arguments: Sequence[str], *, show_help: bool = False) -> Any:
     """The configuration that a preset and ``--config.field=value`` arguments make.
 
+    A field of a part of the configuration, such as ``--config.budget.steps``, may be called by its last name,
+    ``--config.steps``, where no other field has that name.
+
     Raises:
         UserError: for an unknown preset or field or a value that does not fit its type, naming the nearest.
     """
@@ -149,11 +152,7 @@ def parse_config(experiment: ModuleType, arguments: Sequence[str], *, show_help:
         raise unknown("preset", chosen, experiment.PRESETS)
     preset = experiment.PRESETS[chosen]
     fields = dict(_fields(preset, "--config"))
-    for flag, _ in given:
-        if flag not in fields:
-            near = nearest(flag, [*_OWN_FLAGS, *fields])
-            hint = f"did you mean {' or '.join(near)}?" if near else "--help lists every field"
-            raise UserError(f"unknown argument {flag}; {hint}")
+    given = [(_in_full(flag, fields), values) for flag, values in given]
     spelled = [_spelled(flag, values, fields[flag]) for flag, values in given]
     if show_help:
         _parse(preset, [*itertools.chain(*spelled), "--help"], quiet=False)
@@ -206,6 +205,19 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
         else:
             raise UserError(f"{argument!r} belongs to no argument; write --config.FIELD={argument}")
     return flags
+
+
+def _in_full(flag: str, fields: Iterable[str]) -> str:
+    """The whole name of a field that may be called by its last name."""
+    if flag in fields:
+        return flag
+    parent, _, name = flag.rpartition(".")
+    called = [field for field in fields if parent == "--config" and field.endswith(f".{name}")]
+    if len(called) == 1:
+        return called[0]
+    near = called or nearest(flag, [*_OWN_FLAGS, *fields])
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists every field"
+    raise UserError(f"unknown argument {flag}; {hint}")
 
 
 def _spelled(flag: str, values: list[str], kind: Any) -> list[str]:

@@ -14,6 +14,7 @@ from vla_jax.errors import UserError
 from vla_jax.model import MODALITIES, Task
 from vla_jax.names import Tree
 from vla_jax.training.optimizer import OptimizerConfig
+from vla_jax.training.profile import Span
 from vla_jax.training.table import ResolvedTable
 from vla_jax.training.tolerance import Tolerance
 
@@ -67,6 +68,7 @@ class Budget:
         checkpoint_every: steps between checkpoints.
         log_every: steps between logged ones.
         tolerance: what runs bear before they stop.
+        profile: steps of which each variant's first run writes a profile, such as ``10:15``; none if empty.
     """
 
     steps: int = 400
@@ -78,8 +80,10 @@ class Budget:
     checkpoint_every: int = 200
     log_every: int = 20
     tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
+    profile: str = ""
 
     def __post_init__(self):
+        Span.parse(self.profile)
         if not self.seeds:
             raise UserError("a comparison needs at least one seed")
         if len(set(self.seeds)) < len(self.seeds):

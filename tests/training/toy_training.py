@@ -18,7 +18,13 @@ from vla_jax.training.trainer import Fitted
 
 IDENTITY = Identity("toy", "abc", {"method": "linear"})
 FROZEN = {"backbone": {"kernel": jnp.linspace(-1, 1, 32).reshape(4, 8)}}
-CLOCK = {"first_step_seconds", "seconds_per_step", "examples_per_second", "peak_memory_bytes"}
+CLOCK = {
+    "first_step_seconds",
+    "seconds_per_step",
+    "examples_per_second",
+    "data_wait_share",
+    "peak_memory_bytes",
+}
 
 
 class Numbers:

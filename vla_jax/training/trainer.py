@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 
 from vla_jax import names
 from vla_jax.errors import UserError
+from vla_jax.training.advice import Advice
 from vla_jax.training.checkpoint import Checkpointer, SaveError
 from vla_jax.training.clock import Clock
 from vla_jax.training.interrupts import Interrupted, Interrupts
 from vla_jax.training.metrics import JsonLines, Writer, peak_memory_bytes
+from vla_jax.training.profile import Profiler
 from vla_jax.training.skipped import FiniteWatch, NonFiniteError
 from vla_jax.training.step import Batch, Metrics, TrainState
 from vla_jax.training.tolerance import Tolerance
@@ -76,6 +78,9 @@ def fit(
     writers: Sequence[Writer] = (),
     skipped: JsonLines | None = None,
     tolerance: Tolerance | None = None,
+    flop: float | None = None,
+    peak: float | None = None,
+    profiler: Profiler | None = None,
     progress: bool | None = None,
     description: str = "training",
 ) -> Fitted:
@@ -95,6 +100,9 @@ def fit(
         writers: where logged numbers go; only the first process writes. They are closed at the end.
         skipped: where steps that were not applied are named, with their examples; only the first process writes.
         tolerance: when the run stops by itself; the default of :class:`Tolerance` if None.
+        flop: what a step computes on all devices together (:func:`vla_jax.flop.batch_flop`); its rate is logged.
+        peak: what the devices could compute in a second; the share of it is logged as ``mfu``.
+        profiler: records some of the steps.
         progress: whether the first process shows a progress bar; None shows it on a terminal only.
         description: the bar's label.
 
@@ -123,25 +131,35 @@ def fit(
     log = _Log(writers if first_process else (), tolerance.unsaved)
     watch = FiniteWatch(tolerance.skipped_steps, skipped if first_process else None, keeper.latest_step)
 
+    profiler = profiler or Profiler(None, None)
+    advice = Advice()
+    advice.frozen(frozen)
+
     history: list[dict[str, Any]] = []
-    clock, interrupts = Clock(), Interrupts()
+    clock, interrupts = Clock(flop, peak), Interrupts()
     hidden = not first_process or (None if progress is None else not progress)
     bar = tqdm(total=steps, initial=start, desc=description, unit="step", disable=hidden)
     with bar, interrupts.collected(), contextlib.ExitStack() as closing:
         closing.enter_context(log.resumed(start))
+        closing.callback(profiler.close)
         watch.resume(start)
         for step in range(start + 1, steps + 1):
+            profiler.before(step)
             try:
-                batch = _draw(batches, step, steps)
+                with clock.drawing():
+                    batch = _draw(batches, step, steps)
             except Exception:
                 # Ctrl-C in a terminal reaches data workers as well, and the pipeline fails when they die of it.
                 if interrupts.received:
                     _leave(interrupts.received[0], step - 1, state, watch, keeper)
                 raise
             remembered = watch.remember(batch)
+            advice.before_step()
             state, metrics = train_step(state, frozen, batch)
+            advice.after_step(step, batch)
             watch.stepped(step, metrics, remembered)
             clock.stepped(metrics, examples=jax.tree.leaves(batch)[0].shape[0])
+            profiler.after(step, metrics)
             bar.update()
 
             record: dict[str, Any] = {}
@@ -149,6 +167,7 @@ def fit(
                 watch.look()
                 record |= {f"train/{name}": value.item() for name, value in jax.device_get(metrics).items()}
                 record |= clock.read(metrics)
+                advice.logged(step, record, batch)
                 bar.set_postfix(loss=f"{record['train/loss']:.4g}", refresh=False)
             if evaluations and (step == steps or (evaluate_every is not None and step % evaluate_every == 0)):
                 with clock.paused(metrics):

@@ -1,0 +1,47 @@
+"""Commands in the documents are commands that the program takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vla_jax.launching import load_experiment, parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+OWN = {"--experiment", "--workdir", "--dry_run", "--distributed", "--coordinator", "--num_processes", "--process_id"}
+
+
+def _commands() -> list[tuple[str, str]]:
+    """Every ``launch.py --...`` in a block of code, or between backquotes, with the document it stands in."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text().replace("\\\n", " ")
+        blocks = re.findall(r"^```(?:bash|yaml)\n(.*?)^```", text, re.M | re.S)
+        lines = [line for block in blocks for line in block.splitlines()]
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        lines += [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose)]
+        for line in lines:
+            for command in re.findall(r"launch\.py ([^#&|]*)", line):
+                if "--experiment" in command and "NAME" not in command:
+                    found.append((document.name, command.strip().removesuffix("'")))
+    return found
+
+
+@pytest.mark.parametrize(("document", "command"), _commands())
+def test_commands_are_understood(document: str, command: str) -> None:
+    arguments = shlex.split(command)
+    names = [argument for argument in arguments if argument.split("=")[0] in OWN]
+    rest = [argument for argument in arguments if argument not in names]
+    (name,) = (argument.partition("=")[2] for argument in names if argument.startswith("--experiment="))
+    experiment = load_experiment(name)
+    assert isinstance(parse_config(experiment, rest), type(experiment.PRESETS["default"]))
+
+
+def test_documents_have_commands() -> None:
+    found = _commands()
+    assert {"README.md", "tpu.md", "running.md"} <= {document for document, _ in found}
+    assert len(found) >= 10
