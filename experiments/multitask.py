@@ -72,7 +72,7 @@ class Config(RunConfig):
         data_dir: where data sets are built and kept.
     """
 
-    tasks: tuple[str, ...] = ("classification", "easy_vqa", "retrieval", "grounding", "statements")
+    tasks: tuple[str, ...] = ("defects", "easy_vqa", "retrieval", "grounding", "statements")
     ways: tuple[str, ...] = tuple(WAYS)
     reduction: int = 4
     head_rates: tuple[float, ...] = (6e-3, 2e-2)
