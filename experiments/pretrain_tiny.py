@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-from vla_jax import names
+from vla_jax import distributed, names
 from vla_jax.backbones.clip import CLIP
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.export import export_backbone
@@ -239,6 +239,8 @@ def check(config: PretrainTinyConfig) -> Any:
     phase_names = [phase.name for phase in config.phases]
     if not phase_names or len(set(phase_names)) < len(phase_names):
         raise UserError(f"the phases are called {phase_names}; give at least one, each with a name of its own")
+    if distributed.several():
+        raise UserError("pretrain_tiny runs in one process, on any number of devices; leave --distributed out")
     check_batch(config.pairs, make_mesh(config.mesh))
     clip = CLIP(clip_config(config, len(WORDS) + 4))  # four special tokens
     params = jax.eval_shape(lambda: _init(config, clip))

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from experiments.pretrain_tiny import CONFIG, PRESETS, Phase, check, run
+from vla_jax import distributed
 from vla_jax.backbones.clip import CLIP
 from vla_jax.backbones.loading import load_backbone
 from vla_jax.data.image import Preprocess
@@ -32,7 +33,7 @@ def test_twins_make_up_their_share_and_have_other_captions():
     assert all(one["caption"] != other["caption"] and one["scene"] != other["scene"] for one, other in twins)
 
 
-def test_the_check_counts_every_parameter_and_refuses_what_cannot_be_run():
+def test_the_check_counts_every_parameter_and_refuses_what_cannot_be_run(monkeypatch):
     width, tower = 128, lambda depth: depth * (12 * 128**2 + 13 * 128)
     vision = 12 * 12 * 3 * width + width + 37 * width + 4 * width + tower(4) + width * 128
     text = (len(WORDS) + 4) * width + 48 * width + 2 * width + tower(3) + width * 128
@@ -42,6 +43,9 @@ def test_the_check_counts_every_parameter_and_refuses_what_cannot_be_run():
         check(dataclasses.replace(CONFIG, phases=CONFIG.phases[:1] * 2))
     with pytest.raises(UserError, match="neither tower"):
         Phase("none", 1, False, 5, 48, 1e-3, 0.0, images=False)
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    with pytest.raises(UserError, match="in one process"):
+        check(CONFIG)
 
 
 @pytest.mark.slow
