@@ -40,8 +40,8 @@ TASKS: Mapping[str, Member] = {
     "grounding": Member("grounding", "grounding"),
     "statements": Member("statements", "matching"),
 }
-"""The tasks by name. Defects are of three classes, pictures look for their caption among 256, a phrase is grounded where
-its box and the annotated one have an intersection over union of 0.5."""
+"""The tasks by name. Defects are of three classes; pictures look for their caption among 256; a phrase is grounded
+where its box and the annotated one have an intersection over union of 0.5."""
 
 
 def member_data(

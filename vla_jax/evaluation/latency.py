@@ -12,7 +12,7 @@ import numpy as np
 from vla_jax.errors import UserError
 
 
-def forward_seconds(programs: Mapping[str, Callable[[], Any]], rounds: int = 9) -> dict[str, float]:
+def forward_seconds(programs: Mapping[str, Callable[[], Any]], rounds: int = 31) -> dict[str, float]:
     """The median time of each program.
 
     Args:

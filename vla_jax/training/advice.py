@@ -16,7 +16,8 @@ from vla_jax.training.step import Batch
 
 _log = logging.getLogger(__name__)
 
-_WAITED = 0.2  # share of the time spent on waiting for data from which it is worth saying
+_WAITED = 0.2  # share of the time spent on waiting for data from which it is worth saying,
+_WAITED_SECONDS = 30.0  # and how long that must have been in all: a run of seconds needs no advice
 _PADDED = 0.5  # share of a text's places that even the longest text leaves empty
 _LOOKS = 3  # logged batches before texts are judged
 _HELD = 0.5  # share of a device's memory taken by frozen weights that fsdp would cut
@@ -25,11 +26,15 @@ _HELD = 0.5  # share of a device's memory taken by frozen weights that fsdp woul
 class Advice:
     """Watches a run, at the steps that are logged, for the usual mistakes; each is told once."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: int = 0) -> None:
+        """Args:
+        start: the step behind which the run begins.
+        """
         self._told: set[str] = set()
         self._compiled = 0
         self._shapes: dict[str | None, Mapping[str, tuple[int, ...]]] = {}
         self._longest, self._looks = 0, 0
+        self._waited, self._last_logged = 0.0, start
 
     def frozen(self, frozen: names.Tree, limit: int | None = None) -> None:
         """Looks at what each device holds of the frozen weights, before training.
@@ -76,11 +81,14 @@ class Advice:
         """Looks at a logged step: the share of waiting, and the batch's texts."""
         share = record.get("data_wait_share", 0.0)
         if share > _WAITED:
+            self._waited += share * record["seconds_per_step"] * (step - self._last_logged)
+        self._last_logged = step
+        if self._waited > _WAITED_SECONDS:
+            streams = "" if "image_stream" in batch else "keep what frozen blocks compute of the data (streams), "
             self._tell(
                 "waiting",
-                f"until step {step} the device waited for data {100 * share:.0f} % of the time; give the pipeline "
-                "worker processes, keep what frozen blocks compute of the data (streams), or make pictures smaller "
-                "on disk",
+                f"until step {step} the device waited {self._waited:.0f} s for data, of late {100 * share:.0f} % of "
+                f"the time; give the pipeline worker processes, {streams}or make pictures smaller on disk",
             )
         if "text_mask" not in batch:
             return

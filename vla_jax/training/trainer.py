@@ -132,7 +132,7 @@ def fit(
     watch = FiniteWatch(tolerance.skipped_steps, skipped if first_process else None, keeper.latest_step)
 
     profiler = profiler or Profiler(None, None)
-    advice = Advice()
+    advice = Advice(start)
     advice.frozen(frozen)
 
     history: list[dict[str, Any]] = []
