@@ -10,7 +10,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,15 @@ def test_a_pipeline_that_dies_of_the_signal_too_costs_no_step(tmp_path: Path, un
     assert_same(resumed.state, uninterrupted.state)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that a shell started in the background ignores SIGINT, as no run at a terminal does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_at_once() -> None:
     def hook(position: int) -> None:
         if position == 2:
