@@ -61,22 +61,22 @@ class Options:
 
     Attributes:
         models: ``tiny``, or shapes by preset name.
-        batch: pairs of a step.
-        steps: steps of each round, by model: of ``tiny`` and of the others.
+        batch: pairs of a step, of ``tiny`` and of the others.
+        steps: steps of each round, likewise.
         rounds: how often everything is measured.
         output: file that the measurements are appended to, a JSON object a line.
         write_readme: whether to fill the results into README.md.
     """
 
     models: tuple[str, ...] = ("tiny", "vit_b_32")
-    batch: int = 32
-    steps: tuple[int, int] = (40, 4)
-    rounds: int = 5
+    batch: tuple[int, int] = (64, 8)
+    steps: tuple[int, int] = (40, 6)
+    rounds: int = 3
     output: Path = OUTPUT
     write_readme: bool = False
 
     def __post_init__(self):
-        if min(self.batch, self.rounds) < 1 or min(self.steps) < 2:
+        if min(*self.batch, self.rounds) < 1 or min(self.steps) < 2:
             raise UserError("batch and rounds must be 1 or more, steps 2 or more")
 
 
@@ -118,8 +118,8 @@ class Training:
         self.new_state = lambda: init_state(self.trainable, optimizer, shardings)
         jax.block_until_ready(self.frozen)
         mark("weights")
-        workload = "scenes" if model == "tiny" else "photos"
-        pipeline = Pipeline(make_pictures(workload), TransformExample(*transforms(workload)), options.batch, True)
+        workload, batch = "scenes" if model == "tiny" else "photos", options.batch[model != "tiny"]
+        pipeline = Pipeline(make_pictures(workload), TransformExample(*transforms(workload)), batch, True)
         self.new_batches = lambda: Batches(iter(pipeline), shardings.batch)
         self.batch = next(self.new_batches())
         mark("first batch")
@@ -220,7 +220,7 @@ def measure_loop(options: Options, model: str, folder: str) -> dict[str, Any]:
 
 def measure(options: Options) -> list[Record]:
     """Runs every model, appends its record to ``options.output`` and returns them."""
-    run, records = started("loop") | {"batch": options.batch}, []
+    run, records = started("loop"), []
     with Progress() as progress:
         task = progress.add_task("", total=3 * len(options.models))
         for model in options.models:
@@ -235,7 +235,8 @@ def measure(options: Options) -> list[Record]:
                 progress.update(task, description=f"{model}: loop")
                 device = {"device": prepared["device"], "device_name": prepared["device_name"]}
                 found = alone(measure_loop, options, model, folder)
-                records.append(run | device | {"model": model, "start": start} | found)
+                own = {"model": model, "batch": options.batch[model != "tiny"], "start": start}
+                records.append(run | device | own | found)
                 append_record(options.output, records[-1])
                 progress.advance(task)
     return records
@@ -288,7 +289,7 @@ def section(records: Sequence[Record]) -> str:
             targets.append(f"- {record['model']}: {what} under {target:g} %: {met} ({found:.2f} %).")
     return "\n".join(
         [
-            f"Run of {first['run']}, batch {first['batch']}, float32; medians and quartiles of rounds:",
+            f"Run of {first['run']}, float32; medians and quartiles of rounds:",
             "",
             f"    {first['command']}",
             "",

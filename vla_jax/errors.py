@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+from vla_jax.redaction import redacted
+
+# All but tabs and ends of lines; the halves of surrogate pairs cannot be printed at all.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
     """Something the user gave cannot be used; the message says what, what is allowed and how to mend it.
 
-    ``launch.py`` prints the message alone, without a traceback, and exits with status 2.
+    ``launch.py`` prints the message alone, without a traceback, and exits with status 2. What files say may stand in
+    it, so secrets are taken out, and characters that would steer a terminal are written as their codes.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(_CONTROL.sub(lambda found: ascii(found[0])[1:-1], redacted(str(message))))
 
 
 def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:

@@ -36,6 +36,7 @@ import tyro
 
 from vla_jax import distributed
 from vla_jax.errors import UserError, nearest, unknown
+from vla_jax.redaction import redacted
 
 _USAGE = """python launch.py --experiment=NAME [--workdir=FOLDER] [--config.preset=PRESET] [--config.FIELD=VALUE ...]
        python launch.py --list
@@ -63,7 +64,7 @@ def command(arguments: Sequence[str]) -> NoReturn:
     except KeyboardInterrupt:
         distributed.leave(130)
     except Exception:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
         distributed.leave(1)
     sys.exit(0)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import flax.linen as nn
@@ -159,7 +161,8 @@ def check_activation(name: str) -> None:
         raise unknown("activation", name, ACTIVATIONS)
 
 
-def methods() -> dict[str, type[Method]]:
+@functools.cache
+def methods() -> Mapping[str, type[Method]]:
     """Every method of this package by its kind, found by looking through the package's files."""
     import vla_jax.adapters as package
 
@@ -169,7 +172,7 @@ def methods() -> dict[str, type[Method]]:
         for value in contents.values():
             if inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value):
                 found[value.kind] = value
-    return dict(sorted(found.items()))
+    return MappingProxyType(dict(sorted(found.items())))
 
 
 def method_from_description(description: Mapping[str, Any]) -> Method:

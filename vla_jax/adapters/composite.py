@@ -64,7 +64,8 @@ class Composite(Method):
     @property
     def slots(self) -> tuple[str, ...]:
         """The slots in which every child may sit."""
-        return tuple(slot for slot in SLOTS if all(slot in child.slots for _, child in self.children))
+        allowed = [child.slots for _, child in self.children]  # once: compositions may be nested
+        return tuple(slot for slot in SLOTS if all(slot in slots for slots in allowed))
 
     @property
     def joint(self) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vla_jax import patterns
 from vla_jax.adapters.base import AXES, Method, Share, method_from_description
 from vla_jax.errors import UserError, unknown
 from vla_jax.slots import SLOTS
@@ -78,18 +79,18 @@ class Placement:
                 "others do not have; share over tasks alone, and leave tied out"
             )
         for share in self.sharing:
-            _compiled("sharing", share.pattern)
+            patterns.check("sharing pattern", share.pattern)
             for axis in share.over:
                 if axis not in AXES:
                     raise unknown("axis to share over", axis, AXES)
         if self.pairs and not self.method.joint:
             raise UserError(f"pairs are for joint methods; {self.method.kind} takes layers")
         for pattern, rank in self.ranks:
-            _compiled("rank", pattern)
+            patterns.check("rank pattern", pattern)
             if rank < 1:
                 raise UserError(f"rank {rank} for {pattern!r} must be at least 1")
         for pattern, _ in self.alphas:
-            _compiled("alpha", pattern)
+            patterns.check("alpha pattern", pattern)
 
     @property
     def shares(self) -> tuple[Share, ...]:
@@ -98,14 +99,14 @@ class Placement:
 
     def shared_over(self, leaf: str) -> tuple[str, ...]:
         """What a parameter, by its name within the method's module, is shared over."""
-        over = next((share.over for share in self.shares if re.fullmatch(share.pattern, leaf)), ())
+        over = next((share.over for share in self.shares if patterns.fullmatch(share.pattern, leaf)), ())
         return (*over, "towers") if self.tied and "towers" not in over else over
 
     def method_at(self, site: str) -> Method:
         """The method with the rank and the alpha that the tables give to a site."""
         method = self.method
         for table, change in ((self.ranks, Method.with_rank), (self.alphas, Method.with_alpha)):
-            value = next((value for pattern, value in table if re.fullmatch(pattern, site)), None)
+            value = next((value for pattern, value in table if patterns.fullmatch(pattern, site)), None)
             method = method if value is None else change(method, value)
         return method
 
@@ -137,10 +138,3 @@ class Placement:
             fields[name] = tuple(tuple(row) for row in fields.get(name, ()))
         fields["sharing"] = tuple(Share(row["pattern"], tuple(row["over"])) for row in fields.get("sharing", ()))
         return cls(**fields)
-
-
-def _compiled(what: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{what} pattern {pattern!r} is not a regular expression: {error}") from None

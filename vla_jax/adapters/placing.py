@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 
+from vla_jax import patterns
 from vla_jax.adapters.base import Method, Sized
 from vla_jax.adapters.layers import layers
 from vla_jax.adapters.placement import Placement
@@ -123,7 +123,7 @@ def _groups(placement: Placement, towers: Mapping[str, TowerShape]) -> list[Grou
             by_method: dict[Method, list[tuple[int, ...]]] = {}
             for column in zip(*_at_slot(slot, chosen), strict=True):
                 sites.append(f"{tower}/{slot}/{column[0]}")
-                unused -= {pattern for pattern in unused if re.fullmatch(pattern, sites[-1])}
+                unused -= {pattern for pattern in unused if patterns.fullmatch(pattern, sites[-1])}
                 by_method.setdefault(placement.method_at(sites[-1]), []).append(column)
             for method, members in by_method.items():
                 site = _site(placement, tower, slot, towers)

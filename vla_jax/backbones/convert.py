@@ -17,6 +17,7 @@ from vla_jax.backbones.clip import CLIP
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.transformer import ACTIVATIONS, TowerConfig
 from vla_jax.errors import UserError, unknown
+from vla_jax.foreign import shown
 from vla_jax.names import flatten, unflatten
 
 SAME = None
@@ -173,25 +174,50 @@ _PROJECTION_DEFAULT = 512
 _LARGEST_ID = 2
 
 
+MOST: Mapping[str, int] = types.MappingProxyType(
+    {
+        "num_hidden_layers": 1024,
+        "num_attention_heads": 1024,
+        "hidden_size": 1 << 16,
+        "intermediate_size": 1 << 18,
+        "projection_dim": 1 << 16,
+        "image_size": 1 << 14,
+        "patch_size": 1 << 14,
+        "vocab_size": 1 << 24,
+        "max_position_embeddings": 1 << 20,
+        "eos_token_id": 1 << 24,
+    }
+)
+"""What a configuration may say, some ten times what any published model has: names and shapes of all tensors are made
+of it before the weights show whether it is true."""
+
+
 def _integer(settings: Mapping[str, Any], key: str, where: str) -> int:
     value = settings[key]
     if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
         value = value[0]  # [224, 224] is a square image
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"config.json: {where}.{key} is {value!r}; this CLIP needs one whole number")
+        raise UserError(f"config.json: {where}.{key} is {shown(value)}; this CLIP needs one whole number")
+    least = 0 if key == "eos_token_id" else 1
+    if not least <= value <= MOST[key]:
+        raise UserError(f"config.json: {where}.{key} is {shown(value)}; allowed: {least} to {MOST[key]:,}")
     return value
 
 
 def _tower(settings: Mapping[str, Any], where: str) -> TowerConfig:
-    if settings["hidden_act"] not in ACTIVATIONS:
-        raise unknown(f"activation in config.json ({where}.hidden_act)", settings["hidden_act"], ACTIVATIONS)
+    activation, epsilon = settings["hidden_act"], settings["layer_norm_eps"]
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        given = activation if isinstance(activation, str) else shown(activation)
+        raise unknown(f"activation in config.json ({where}.hidden_act)", given, ACTIVATIONS)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon <= 1:
+        raise UserError(f"config.json: {where}.layer_norm_eps is {shown(epsilon)}; it is a small number, such as 1e-5")
     return TowerConfig(
         width=_integer(settings, "hidden_size", where),
         depth=_integer(settings, "num_hidden_layers", where),
         heads=_integer(settings, "num_attention_heads", where),
         mlp_width=_integer(settings, "intermediate_size", where),
-        activation=settings["hidden_act"],
-        norm_epsilon=float(settings["layer_norm_eps"]),
+        activation=activation,
+        norm_epsilon=float(epsilon),
     )
 
 
@@ -202,7 +228,7 @@ def _section(settings: Mapping[str, Any], key: str, defaults: Mapping[str, Any])
     if given is None:
         given = settings.get(key) or {}
     if not isinstance(given, Mapping):
-        raise UserError(f"config.json: {key} must be an object, got {given!r}")
+        raise UserError(f"config.json: {key} must be an object, got {shown(given)}")
     return {**defaults, **{name: value for name, value in given.items() if name in defaults}}
 
 
@@ -225,13 +251,14 @@ def config_from_hub(settings: Mapping[str, Any]) -> CLIPConfig:
     kind = settings.get("model_type", "clip")
     if kind != "clip":
         raise UserError(
-            f"config.json describes a model of type {kind!r}; only 'clip' (both towers, as transformers' CLIPModel "
-            "saves it) can be loaded"
+            f"config.json describes a model of type {shown(kind)}; only 'clip' (both towers, as transformers' "
+            "CLIPModel saves it) can be loaded"
         )
     text = _section(settings, "text_config", _TEXT_DEFAULTS)
     vision = _section(settings, "vision_config", _VISION_DEFAULTS)
-    if vision["num_channels"] != 3:
-        raise UserError(f"config.json: vision_config.num_channels is {vision['num_channels']!r}; only 3 is supported")
+    channels = vision["num_channels"]
+    if channels != 3:
+        raise UserError(f"config.json: vision_config.num_channels is {shown(channels)}; only 3 is supported")
     vocabulary_size = _integer(text, "vocab_size", "text_config")
     eos_token_id = _integer(text, "eos_token_id", "text_config")
     largest_id = eos_token_id == _LARGEST_ID

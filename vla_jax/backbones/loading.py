@@ -16,6 +16,7 @@ import numpy as np
 
 from vla_jax.backbones import convert
 from vla_jax.backbones.clip_config import CLIPConfig
+from vla_jax.backbones.picture_settings import read_picture_settings
 from vla_jax.backbones.positions import interpolate_positions
 from vla_jax.backbones.sources import RANDOM, find_folder
 from vla_jax.backbones.weights import Fingerprint, Weights, read_json, storage_dtype
@@ -23,6 +24,17 @@ from vla_jax.errors import UserError, nearest, unknown
 from vla_jax.names import flatten, unflatten
 
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_TOKENIZER_PARTS = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+MOST_TOKENIZER_BYTES = 1 << 27
+"""Of a file of a tokenizer; that of 256,000 words has 34 million."""
 
 Shardings = Callable[[str], jax.sharding.Sharding] | Mapping[str, Any]
 
@@ -54,11 +66,15 @@ class Backbone:
         # Without its files transformers would make up an empty tokenizer instead of failing.
         if not any(all((self.folder / file).is_file() for file in files) for files in _TOKENIZER_FILES):
             raise UserError(f"{self.folder} has no tokenizer; put the model's tokenizer.json there")
+        for file in self.folder.iterdir():
+            if file.name in _TOKENIZER_PARTS and file.stat().st_size > MOST_TOKENIZER_BYTES:
+                raise UserError(f"{file} has over {MOST_TOKENIZER_BYTES:,} bytes; fetch the tokenizer again")
         from transformers import AutoTokenizer  # takes seconds, and many runs need no tokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
+            # Left open, the setting lets the folder ask at the terminal whether to run code that it names.
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # the tokenizers' own errors have no type of their own
             raise UserError(
                 f"the tokenizer in {self.folder} cannot be loaded ({error}); fetch tokenizer.json and "
                 "tokenizer_config.json of the model again"
@@ -76,7 +92,7 @@ class Backbone:
 
         settings: dict[str, Any] = {}
         if self.folder is not None and (self.folder / "preprocessor_config.json").is_file():
-            settings = read_json(self.folder / "preprocessor_config.json")
+            settings = read_picture_settings(self.folder / "preprocessor_config.json")
         processor = CLIPImageProcessorPil(**settings)
         crop = {"height": self.config.image_size, "width": self.config.image_size}
         if dict(processor.crop_size) == crop:

@@ -41,8 +41,13 @@ def find_folder(name: str) -> Path:
                 "launch.py --experiment=pretrain_tiny"
             )
         return _TINY_FOLDER
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if "://" in name:
+        raise UserError(
+            f"the backbone {name!r} is an address on the net; give a folder or a hub name (owner/model). For a model "
+            "that is not public set HF_TOKEN, which nothing here writes down"
+        )
+    folder = _existing(name)
+    if folder is not None:
         return folder
     match = _HUB_NAME.fullmatch(name)
     if match is None:
@@ -51,6 +56,14 @@ def find_folder(name: str) -> Path:
             f"hub name, {TINY!r}, or '{RANDOM}<preset>' with a preset of {', '.join(PRESETS)}"
         )
     return _download(match["name"], match["revision"])
+
+
+def _existing(name: str) -> Path | None:
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, of a user who does not exist, or no path at all
+        return None
 
 
 def _download(name: str, revision: str | None) -> Path:

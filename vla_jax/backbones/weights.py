@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from vla_jax.errors import UserError, unknown
+from vla_jax.foreign import MOST_JSON_BYTES, is_file, open_safetensors, parse_json, plain_name, read_bytes, shown
+
+MOST_FILES = 1024
+"""That an index may name; each stays open while the weights are read."""
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,10 +36,12 @@ def storage_dtype(dtype: Any) -> np.dtype:
     return storage
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a :class:`UserError` names the file that is no such thing."""
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes; a :class:`UserError` names the file that is no such thing."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path, most), finite=True)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -44,16 +51,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def conversion_command(folder: Path, pickled: list[Path], name: str = WEIGHTS_NAME) -> str:
     """The shell command that rewrites pickled weights as safetensors in the same folder (needs PyTorch)."""
-    files = [str(path) for path in pickled]
-    target = str(folder / name)
+    files, target = json.dumps([str(path) for path in pickled]), json.dumps(str(folder / name))
     program = (
         "import torch; from safetensors.torch import save_file; "
-        "save_file({name: tensor.contiguous().clone() "
-        f"for path in {files!r} "
-        "for name, tensor in torch.load(path, map_location='cpu', weights_only=True).items()}, "
-        f"{target!r}, metadata={{'format': 'pt'}})"
+        f"save_file({{name: tensor.contiguous().clone() for path in {files} "
+        'for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items()}, '
+        f'{target}, metadata={{"format": "pt"}})'
     )
-    return f'python -c "{program}"'
+    # The names are those of somebody's files, and the line is meant to be copied into a shell.
+    return shlex.join(["python", "-c", program])
 
 
 class Fingerprint:
@@ -95,6 +101,7 @@ class Weights:
         if (folder / WEIGHTS_NAME).is_file():
             file = self._open(folder / WEIGHTS_NAME)
             self._files = dict.fromkeys(file.keys(), file)
+            self._paths = dict.fromkeys(file.keys(), folder / WEIGHTS_NAME)
         elif (folder / INDEX_NAME).is_file():
             self._files = self._open_sharded(folder / INDEX_NAME)
         else:
@@ -102,7 +109,7 @@ class Weights:
 
     def _open(self, path: Path) -> Any:
         try:
-            return safe_open(path, framework="numpy")
+            return open_safetensors(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read as safetensors ({error}); fetch or copy the file again") from error
 
@@ -110,7 +117,11 @@ class Weights:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise UserError(f"{index} has no 'weight_map' of tensor names to files; fetch the file again")
-        absent = sorted({place for place in places.values() if not (self.folder / place).is_file()})
+        if strange := [place for place in places.values() if not plain_name(place)]:
+            raise UserError(f"{index} names {shown(strange[0])}, which is no file beside it; weights lie in one folder")
+        if len(set(places.values())) > MOST_FILES:
+            raise UserError(f"{index} names {len(set(places.values())):,} files, and {MOST_FILES:,} are the most")
+        absent = sorted({place for place in places.values() if not is_file(self.folder / place)})
         if absent:
             raise UserError(f"{index} lists {', '.join(absent)}, which {self.folder} lacks; fetch the missing files")
         files = {place: self._open(self.folder / place) for place in sorted(set(places.values()))}
@@ -118,6 +129,7 @@ class Weights:
         for name, place in places.items():
             if name not in held[place]:
                 raise UserError(f"{index} places tensor {name!r} in {place}, which does not hold it; fetch both again")
+        self._paths = {name: self.folder / place for name, place in places.items()}
         return {name: files[place] for name, place in places.items()}
 
     def _without_safetensors(self) -> UserError:
@@ -147,4 +159,9 @@ class Weights:
         kind = self._files[name].get_slice(name).get_dtype()
         if kind not in _FLOATING:
             raise UserError(f"tensor {name!r} in {self.folder} is {kind}; allowed: {', '.join(_FLOATING)}")
-        return np.asarray(self._files[name].get_tensor(name), dtype=np.float32)
+        try:
+            # Mapped anew for each tensor: the pages of a mapping count as the process's own until it is gone.
+            with self._open(self._paths[name]) as file:
+                return np.asarray(file.get_tensor(name), dtype=np.float32)
+        except (ValueError, SafetensorError) as error:  # dimensions that NumPy cannot have
+            raise UserError(f"tensor {name!r} in {self.folder} cannot be read: {error}; fetch it again") from error

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,61 @@ from PIL import Image
 
 from vla_jax.data.boxes import View
 from vla_jax.errors import UserError, unknown
+from vla_jax.foreign import read_bytes
 
 AUGMENTATIONS = ("none", "crop", "flip_crop")
 
-# What PIL raises on a file that is cut short, damaged or no picture at all.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is decoded. PIL knows many more, for which few have looked for flaws, and runs Ghostscript for one of them."""
+
+MOST_PIXELS = 1 << 26
+"""Of a picture: 8192 x 8192, some 200 MB as RGB, what cameras of 50 megapixels make. A file of a few kilobytes can
+claim any number, and PIL by itself refuses none below three times this one."""
+
+MOST_ELONGATED = 100
+"""The longer edge in shorter ones. Processors make the shorter edge some hundred pixels long, and a picture of one row
+would become one of a hundred times as many pixels."""
+
+MOST_PICTURE_BYTES = 1 << 28
+"""Of a picture's file: more than :data:`MOST_PIXELS` take without compression."""
 
 
 class UnreadablePicture(Exception):
     """A picture that cannot be decoded; the pipeline names it, skips it and counts it."""
+
+
+def opened(file: Path | io.BytesIO) -> Image.Image:
+    """A picture whose size is known and within bounds, and of which no pixel is decoded yet.
+
+    Raises:
+        UnreadablePicture: it is of another format, damaged, or too large.
+    """
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Exception as error:  # whatever the reader of any format may raise on a damaged file
+        reason = "it is no picture that can be read" if "cannot identify" in str(error) else str(error)
+        raise UnreadablePicture(f"cannot be decoded: {reason}") from error
+    _check_size(*image.size)
+    return image
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise UnreadablePicture(f"cannot be decoded: it is {width} x {height}, and {MOST_PIXELS:,} pixels are the most")
+    if max(width, height) > MOST_ELONGATED * min(width, height):
+        raise UnreadablePicture(
+            f"cannot be decoded: it is {width} x {height}, and no edge may be over {MOST_ELONGATED} times the other"
+        )
+
+
+def read_picture(path: Path) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        UserError: it is no regular file, or has more than :data:`MOST_PICTURE_BYTES`.
+        OSError: it cannot be read.
+    """
+    return read_bytes(path, MOST_PICTURE_BYTES)
 
 
 class Preprocess:
@@ -82,7 +127,7 @@ class Preprocess:
         """Decodes and normalises one picture.
 
         Args:
-            picture: an encoded file (PNG, JPEG and whatever else PIL reads), a PIL picture, or a uint8 array
+            picture: an encoded file (of :data:`FORMATS`), a PIL picture, or a uint8 array
                 ``[height, width]`` or ``[height, width, 1, 3 or 4]``. Grey and palette become RGB; what is
                 transparent becomes white, as in the processor.
             generator: draws the augmentation; None (evaluation) leaves it out.
@@ -104,9 +149,7 @@ class Preprocess:
         ready = isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and self._fits(picture.shape)
         if ready and not augmented:
             return self._normalise(picture), self._view(self.size, self.size)
-        image = _decoded(picture)
-        if image.mode != "RGB" or "transparency" in image.info:
-            image = Image.fromarray(np.asarray(self._processor.convert_to_rgb(image)))
+        image = self._as_rgb(_decoded(picture))
         if augmented:
             pixels, view = self._augmented(image, generator)
             return self._normalise(pixels), view
@@ -115,6 +158,14 @@ class Preprocess:
             return self._normalise(np.asarray(image)), view
         pixels = self._processor(image, return_tensors="np")["pixel_values"][0]  # [3, size, size]
         return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32), view
+
+    def _as_rgb(self, image: Image.Image) -> Image.Image:
+        if image.mode == "RGB" and "transparency" not in image.info:
+            return image
+        try:
+            return Image.fromarray(np.asarray(self._processor.convert_to_rgb(image)))
+        except Exception as error:  # a palette or a transparent colour may be damaged though all pixels are there
+            raise UnreadablePicture(f"cannot be decoded: {error}") from error
 
     def _view(self, width: int, height: int) -> View:
         """What the processor's resize and centre crop show of a picture, by its own rounding."""
@@ -161,12 +212,17 @@ def _decoded(picture: bytes | Image.Image | np.ndarray) -> Image.Image:
                 f"a picture array is uint8 [height, width] or [height, width, 1, 3 or 4]; given {picture.dtype} "
                 f"{list(picture.shape)}"
             )
+        _check_size(picture.shape[1], picture.shape[0])
         return Image.fromarray(picture[..., 0] if picture.shape[2:] == (1,) else picture)
     if not isinstance(picture, Image.Image | bytes):
         raise UserError(f"a picture is the bytes of a file, a PIL picture or an array; given {type(picture).__name__}")
+    if isinstance(picture, bytes):
+        image = opened(io.BytesIO(picture))
+    else:
+        image = picture
+        _check_size(*image.size)
     try:
-        image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
         image.load()
-    except _DECODING_ERRORS as error:
+    except Exception as error:  # whatever the decoder of any format may raise on a damaged file
         raise UnreadablePicture(f"cannot be decoded: {error}") from error
     return image

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_jax.errors import UserError
+from vla_jax.foreign import MOST_ANNOTATION_BYTES, inside, is_file, parse_json, read_bytes, shown
 
 
 def read_json(path: str | Path, download: str) -> Any:
@@ -21,7 +22,7 @@ def read_json(path: str | Path, download: str) -> Any:
         UserError: the file is not there, no UTF-8, no JSON, or has a key twice.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"file {str(path)!r} is not there. {download}")
 
     def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -33,11 +34,15 @@ def read_json(path: str | Path, download: str) -> Any:
         return found
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_doubles)
+        return parse_json(read_bytes(path, MOST_ANNOTATION_BYTES), object_pairs_hook=without_doubles)
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); download it again") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); download it again") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; download it again") from error
 
 
 def read_json_lines(path: str | Path, download: str = "") -> list[tuple[int, dict[str, Any]]]:
@@ -47,10 +52,10 @@ def read_json_lines(path: str | Path, download: str = "") -> list[tuple[int, dic
         UserError: the file is not there or no UTF-8, or a line is no JSON object, with its number.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"file {str(path)!r} is not there. {download}".rstrip())
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, MOST_ANNOTATION_BYTES).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from error
     entries = []
@@ -58,8 +63,8 @@ def read_json_lines(path: str | Path, download: str = "") -> list[tuple[int, dic
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
+            entry = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(entry, dict):
             raise UserError(f"{path}, line {number}: a JSON object is expected, given {line.strip()[:80]!r}")
@@ -79,17 +84,25 @@ def fields(entry: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str)
         UserError: the entry is no object, or a field is missing or of another kind.
     """
     if not isinstance(entry, Mapping):
-        raise UserError(f"{where}: a JSON object is expected, given {str(entry)[:80]!r}")
+        raise UserError(f"{where}: a JSON object is expected, given {shown(entry)}")
     if missing := sorted(kinds.keys() - entry.keys()):
         raise UserError(f"{where}: fields {', '.join(missing)} are missing")
     for name, kind in kinds.items():
         value = entry[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise UserError(f"{where}: field {name} is {value!r}, not {names}")
+            raise UserError(f"{where}: field {name} is {shown(value)}, not {names}")
         if isinstance(value, str) and not value.strip():
             raise UserError(f"{where}: field {name} is empty")
     return [entry[name] for name in kinds]
+
+
+def picture_below(folder: Path, name: str, where: str) -> Path:
+    """The file of a picture by the name that an entry has for it; :class:`UserError` if that leads elsewhere."""
+    try:
+        return inside(folder, name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def check_pictures(named: Iterable[tuple[str, Path]], download: str) -> None:
@@ -107,7 +120,7 @@ def check_pictures(named: Iterable[tuple[str, Path]], download: str) -> None:
     for where, path in named:
         if path in present or path in absent:
             continue
-        if path.is_file():
+        if is_file(path):
             present.add(path)
         else:
             absent[path] = where

@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
+from vla_jax.data.image import UnreadablePicture, opened
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation import choices, statistics
-from vla_jax.evaluation.annotations import check_pictures, fields, read_json
+from vla_jax.evaluation.annotations import check_pictures, fields, picture_below, read_json
 from vla_jax.evaluation.choices import Accuracy
 from vla_jax.evaluation.statistics import Interval
+from vla_jax.foreign import shown
 
 Part = Literal["relation", "attribution"]
 PARTS: tuple[Part, ...] = ("relation", "attribution")
 RIGHT = 1
 FEWEST_OF_ATTRIBUTES = 25
+_LARGEST = 8192  # pixels of a box, which is filled up with black where it leaves its picture
 _DOWNLOAD = (
     "Let the authors' code (https://github.com/mertyg/vision-language-models-are-bows) download it: VG_Relation and "
     "VG_Attribution with download=True put visual_genome_relation.json, visual_genome_attribution.json and images/ "
@@ -104,28 +106,33 @@ def _example(entry: Any, part: Part, images: Path, number: int, where: str) -> E
     image, true, false = fields(entry, texts, where)
     box = {f"bbox_{side}": (int, float) for side in "xywh"}
     x, y, width, height = fields(entry, box, where)
-    if min(width, height) < 1 or min(x, y) < 0:
-        raise UserError(f"{where}: the box at {x}, {y} of {width} x {height} pixels cannot be cut out")
+    if not all(abs(number) < _LARGEST for number in (x, y, width, height)) or min(width, height) < 1 or min(x, y) < 0:
+        at = [shown(number) for number in (x, y, width, height)]
+        raise UserError(f"{where}: the box at {at[0]}, {at[1]} of {at[2]} x {at[3]} pixels cannot be cut out")
     if part == "relation":
         (kind,) = fields(entry, {"relation_name": str}, where)
     else:
         (attributes,) = fields(entry, {"attributes": list}, where)
         if len(attributes) != 2 or not all(isinstance(name, str) and name for name in attributes):
-            raise UserError(f"{where}: attributes are two texts, given {attributes!r}")
+            raise UserError(f"{where}: attributes are two texts, given {shown(attributes)}")
         kind = "_".join(attributes)
     corners = (int(x), int(y), int(x + width), int(y + height))
-    return Example(str(number), images / image, corners, (false, true), kind)
+    return Example(str(number), picture_below(images, image, where), corners, (false, true), kind)
 
 
 def _cropped(example: Example) -> np.ndarray:
-    with Image.open(example.image) as picture:
-        if example.box[0] >= picture.width or example.box[1] >= picture.height:
-            raise UserError(
-                f"example {example.identifier}: the box {example.box} lies outside of {str(example.image)!r}, "
-                f"{picture.width} x {picture.height} pixels; download the annotations or the picture again"
-            )
-        # A box that reaches beyond the picture is padded with black, as by the authors.
-        return np.asarray(picture.convert("RGB").crop(example.box))
+    try:
+        with opened(example.image) as picture:
+            size, whole = picture.size, picture.convert("RGB")
+    except (UnreadablePicture, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"example {example.identifier}: the picture {str(example.image)!r}: {error}") from error
+    if example.box[0] >= size[0] or example.box[1] >= size[1]:
+        raise UserError(
+            f"example {example.identifier}: the box {example.box} lies outside of {str(example.image)!r}, "
+            f"{size[0]} x {size[1]} pixels; download the annotations or the picture again"
+        )
+    # A box that reaches beyond the picture is padded with black, as by the authors.
+    return np.asarray(whole.crop(example.box))
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax.data.image import read_picture
 from vla_jax.errors import UserError
 from vla_jax.evaluation import choices
-from vla_jax.evaluation.annotations import check_pictures, fields, read_json
+from vla_jax.evaluation.annotations import check_pictures, fields, picture_below, read_json
 from vla_jax.evaluation.choices import Accuracy
+from vla_jax.foreign import shown
 
 RIGHT = 0
 MOST_WORDS = 30
@@ -88,8 +90,9 @@ class OrderSet:
             where = f"{annotations}, entry {number}"
             image, captions = fields(entry, {"image": str, "caption": list}, where)
             if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-                raise UserError(f"{where}: caption is {captions!r}, not a list of texts")
-            self.examples += [(Path(images) / image, caption) for caption in captions]
+                raise UserError(f"{where}: caption is {shown(captions)}, not a list of texts")
+            path = picture_below(Path(images), image, where)
+            self.examples += [(path, caption) for caption in captions]
         named = ((f"caption {number} of {annotations}", image) for number, (image, _) in enumerate(self.examples))
         check_pictures(named, f"Pictures are looked for in {images}. {_DOWNLOAD}")
 
@@ -101,7 +104,7 @@ class OrderSet:
         others = shuffles(self.tag(caption), np.random.default_rng([self.seed, position]))
         return {
             "id": str(position),
-            "image": image.read_bytes(),
+            "image": read_picture(image),
             "image_id": image.name,
             "captions": tuple(map(cleaned, (caption, *others))),
         }

@@ -25,6 +25,7 @@ from vla_jax.data.pipeline import Pipeline
 from vla_jax.data.text import Tokenize
 from vla_jax.evaluation.scene_zero_shot import SceneQuestions
 from vla_jax.evaluation.scorers import Reading
+from vla_jax.foreign import load_arrays
 from vla_jax.names import Tree
 from vla_jax.training.sharding import batch_sharding, place, replicated
 
@@ -63,12 +64,12 @@ class Kept:
     @classmethod
     def from_bytes(cls, content: bytes) -> Kept:
         """What :meth:`to_bytes` wrote."""
-        with np.load(io.BytesIO(content)) as stored:
-            right, off = (
-                {name.removeprefix(part): stored[name] for name in stored if name.startswith(part)}
-                for part in ("right/", "off/")
-            )
-            return cls(right, off or None, bool(stored["exact"]))
+        stored = load_arrays(content)
+        right, off = (
+            {name.removeprefix(part): stored[name] for name in stored if name.startswith(part)}
+            for part in ("right/", "off/")
+        )
+        return cls(right, off or None, bool(stored["exact"]))
 
 
 _Program = Callable[[Tree, Mapping[str, jax.Array]], dict[str, jax.Array]]

@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax.data.image import read_picture
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation import choices
-from vla_jax.evaluation.annotations import check_pictures, fields, read_json
+from vla_jax.evaluation.annotations import check_pictures, fields, picture_below, read_json
 from vla_jax.evaluation.choices import Accuracy
+from vla_jax.foreign import shown
 
 CATEGORIES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 CHANGES = ("add", "replace", "swap")
@@ -65,7 +67,7 @@ class SugarCrepe:
         for category in categories:
             if category not in CATEGORIES:
                 raise unknown("category of SugarCrepe", category, CATEGORIES)
-            self.examples += _read(Path(annotations) / f"{category}.json", category, download)
+            self.examples += _read(Path(annotations) / f"{category}.json", category, self.images, download)
         if not self.examples:
             raise UserError(f"no category of SugarCrepe was asked for; there are {', '.join(CATEGORIES)}")
         check_pictures(((f"example {e.identifier}", self.images / e.filename) for e in self.examples), download)
@@ -77,21 +79,23 @@ class SugarCrepe:
         example = self.examples[position]
         return {
             "id": example.identifier,
-            "image": (self.images / example.filename).read_bytes(),
+            "image": read_picture(self.images / example.filename),
             "image_id": example.filename,
             "captions": example.captions,
             "kind": example.category,
         }
 
 
-def _read(path: Path, category: str, download: str) -> list[Example]:
+def _read(path: Path, category: str, images: Path, download: str) -> list[Example]:
     content = read_json(path, download)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: not an object of examples by number. {download}")
     examples = []
     for key, entry in content.items():
         names = {"filename": str, "caption": str, "negative_caption": str}
-        filename, caption, negative = fields(entry, names, f"{path}, example {key!r}")
+        where = f"{path}, example {shown(key)}"
+        filename, caption, negative = fields(entry, names, where)
+        picture_below(images, filename, where)
         examples.append(Example(f"{category}/{key}", category, filename, (caption, negative)))
     return examples
 

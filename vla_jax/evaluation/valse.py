@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax.data.image import read_picture
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation import choices, statistics
-from vla_jax.evaluation.annotations import check_pictures, fields, read_json
+from vla_jax.evaluation.annotations import check_pictures, fields, picture_below, read_json
 from vla_jax.evaluation.choices import Accuracy
 from vla_jax.evaluation.statistics import Interval
+from vla_jax.foreign import shown
 
 INSTRUMENTS = (
     "existence",
@@ -109,7 +111,7 @@ class Valse:
         example = self.examples[position]
         return {
             "id": example.identifier,
-            "image": example.image.read_bytes(),
+            "image": read_picture(example.image),
             "image_id": str(example.image),
             "captions": example.captions,
             "kind": example.instrument,
@@ -123,13 +125,13 @@ def _read(path: Path, instrument: str, folders: Mapping[str, Path]) -> list[Exam
         raise UserError(f"{path}: not an object of examples by name. {download}")
     examples = []
     for key, entry in content.items():
-        place = f"{path}, example {key!r}"
+        place = f"{path}, example {shown(key)}"
         names = {"dataset": str, "image_file": str, "caption": str, "foil": str, "mturk": dict}
         dataset, file, caption, foil, mturk = fields(entry, names, place)
         if dataset not in folders:
             raise UserError(f"{place}: {unknown('data set', dataset, folders)}")
         (votes,) = fields(mturk, {"caption": int}, f"{place}, mturk")
-        image = folders[dataset] / file
+        image = picture_below(Path(folders[dataset]), file, place)
         examples.append(Example(f"{instrument}/{key}", instrument, image, (caption, foil), votes))
     return examples
 

@@ -16,17 +16,26 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes  # noqa: F401, makes bfloat16 known to NumPy
+import ml_dtypes  # makes bfloat16 known to NumPy
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vla_jax.errors import UserError
+from vla_jax.foreign import open_safetensors, parse_json, printable, shown
 
 HEADER = "vla_jax"
 FORMAT = 1
+MOST_OF_A_TOWER: Mapping[str, int] = MappingProxyType(
+    {"depth": 1024, "width": 1 << 16, "mlp_width": 1 << 18, "features": 1 << 16}
+)
+"""What a file may say of a tower, some ten times what any model has: places and shapes are made of it."""
+
+_LONGEST_NAME = 1024
+
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -53,6 +62,12 @@ class SavedAdapter:
     towers: Mapping[str, Mapping[str, int | None]]
     step: int = 0
     version: str = ""
+
+    def __post_init__(self):
+        for name in self.leaves:
+            parts = name.split("/")
+            if len(name) > _LONGEST_NAME or not printable(name) or any(part in ("", ".", "..") for part in parts):
+                raise UserError(f"a leaf is named {shown(name)}, which is no path of names below each other")
 
     @property
     def description(self) -> dict[str, Any]:
@@ -106,14 +121,38 @@ def read_adapter_file(path: str | os.PathLike[str]) -> SavedAdapter:
             "`vla-adapter convert ADAPTER FILE --to file` wrote, or the folder of a checkpoint of peft"
         )
     try:
-        description = json.loads(metadata[HEADER])
+        description = parse_json(metadata[HEADER], finite=True)
         if (found := description.pop("format")) != FORMAT:
-            raise UserError(f"{path} has format {found}, this version reads {FORMAT}; update the package")
-        return SavedAdapter(leaves=tensors, **description)
+            raise UserError(f"{path} has format {shown(found)}, this version reads {FORMAT}; update the package")
+        adapter = SavedAdapter(leaves=tensors, **description)
+        _check_description(adapter)
+        return adapter
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the description in the header of {path} cannot be read: {error!r}; write it again") from error
+
+
+def _check_description(adapter: SavedAdapter) -> None:
+    """Whether everything that an adapter says of itself is of its kind; what its placements say is looked at later."""
+    texts = {name: getattr(adapter, name) for name in ("backbone", "fingerprint", "version")}
+    for name, text in texts.items():
+        if not isinstance(text, str) or len(text) > _LONGEST_NAME or not printable(text):
+            raise TypeError(f"{name} is {shown(text)}, not a short text")
+    if isinstance(adapter.step, bool) or not isinstance(adapter.step, int) or not 0 <= adapter.step < 1 << 62:
+        raise TypeError(f"step is {shown(adapter.step)}, not a number of steps")
+    for name in ("adapters", "towers"):
+        if not isinstance(getattr(adapter, name), dict):
+            raise TypeError(f"{name} is {shown(getattr(adapter, name))}, not an object")
+    for tower, shape in adapter.towers.items():
+        needed = MOST_OF_A_TOWER.keys() - {"features"}
+        if not isinstance(shape, dict) or not needed <= shape.keys() <= MOST_OF_A_TOWER.keys():
+            raise TypeError(f"the tower {shown(tower)} is {shown(shape)}; it has {', '.join(MOST_OF_A_TOWER)}")
+        for field, value in shape.items():
+            if value is None and field == "features":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_OF_A_TOWER[field]:
+                raise TypeError(f"{field} of the tower {shown(tower)} is {shown(value)}")
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -122,9 +161,20 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], d
     Raises:
         UserError: there is no such file, or it is not safetensors, or not the whole of it.
     """
-    with _opened(Path(path)) as file:
-        names = file.keys()
-        return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    path = Path(path)
+    with _opened(path) as file:
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118, it is no dict
+            try:
+                tensors[name] = file.get_tensor(name)
+            # A dtype that NumPy lacks, or dimensions it cannot have though there is nothing in them.
+            except (AttributeError, TypeError, ValueError, OverflowError, SafetensorError) as error:
+                raise UserError(f"tensor {name!r} of {path} cannot be read: {error}; write the file again") from error
+            if tensors[name].dtype.kind != "f" and tensors[name].dtype != ml_dtypes.bfloat16:
+                raise UserError(
+                    f"tensor {name!r} in {path} is {tensors[name].dtype}; allowed: float32, float16, bfloat16, float64"
+                )
+        return tensors, dict(file.metadata() or {})
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -143,7 +193,7 @@ def _opened(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
-        return safe_open(path, framework="numpy")
+        return open_safetensors(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be read as safetensors ({error}); it is another kind of file, or was cut off: fetch or "

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from vla_jax import names
 from vla_jax.backbones.loading import Backbone, load_backbone, load_config
 from vla_jax.backbones.weights import read_json
 from vla_jax.errors import UserError, unknown
 from vla_jax.exchange.adapter_file import HEADER, SavedAdapter, read_adapter_file, read_header, write_adapter_file
-from vla_jax.exchange.peft_config import CONFIG_NAME
+from vla_jax.exchange.peft_config import CONFIG_NAME, MOST_CONFIG_BYTES
 from vla_jax.exchange.peft_export import export_peft
 from vla_jax.exchange.peft_import import import_peft
 from vla_jax.exchange.peft_names import PICKLED_NAME, WEIGHTS_NAME
+from vla_jax.foreign import shown
 from vla_jax.names import Tree
 from vla_jax.training.checkpoint import load_adapters, save_adapters
-from vla_jax.training.checkpoint_metadata import Identity, Metadata
+from vla_jax.training.checkpoint_folder import absolute, read_metadata
+from vla_jax.training.checkpoint_metadata import Identity
 from vla_jax.training.metrics import package_version
 
 Form = Literal["file", "folder", "peft"]
@@ -180,28 +181,29 @@ def summary(path: str | os.PathLike[str]) -> Summary:
     """
     path, form = Path(path), form_of(path)
     if form == "peft":
-        kind = str(read_json(path / CONFIG_NAME).get("peft_type"))
+        kind = shown(read_json(path / CONFIG_NAME, MOST_CONFIG_BYTES).get("peft_type")).strip("'")
         shapes = read_header(path / WEIGHTS_NAME)[0]
         return Summary(path, form, (kind,), sum(map(math.prod, shapes.values())), _recorded(path), None)
     if form == "file":
         adapter = read_adapter_file(path)
         parameters = sum(leaf.size for leaf in adapter.leaves.values())
         return Summary(path, form, _methods(adapter.adapters), parameters, adapter.backbone, adapter.step)
-    content = ocp.checkpointables_metadata(path).custom_metadata
-    if not content or "leaves" not in content:
-        raise UserError(f"{path} was not written by this package: it does not say what it holds")
-    metadata = Metadata.from_json(content)
+    metadata = read_metadata(absolute(path))
     identity, parameters = metadata.identity, sum(leaf.size for leaf in metadata.leaves.values())
     return Summary(path, form, _methods(identity.adapters), parameters, identity.backbone, metadata.step)
 
 
 def _methods(described: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(placement["method"]["kind"] for placement in described.get("placements", ())))
+    try:
+        return tuple(dict.fromkeys(str(placement["method"]["kind"]) for placement in described.get("placements", ())))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the placements of the checkpoint cannot be read: {error!r}; write it again") from error
 
 
 def _recorded(folder: Path) -> str:
     """The backbone that a checkpoint of peft names."""
-    return read_json(folder / CONFIG_NAME).get("base_model_name_or_path") or ""
+    name = read_json(folder / CONFIG_NAME, MOST_CONFIG_BYTES).get("base_model_name_or_path")
+    return name if isinstance(name, str) else ""
 
 
 def _towers(backbone: str, where: Path) -> dict[str, dict[str, int | None]]:

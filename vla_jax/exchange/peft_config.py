@@ -9,8 +9,18 @@ from typing import Any
 
 from vla_jax.backbones.weights import read_json
 from vla_jax.errors import UserError
+from vla_jax.foreign import printable, shown
 
 CONFIG_NAME = "adapter_config.json"
+
+MOST_CONFIG_BYTES = 1 << 20
+"""Of the file; one that names each map of a large model has some hundred thousand."""
+
+MOST_ENTRIES = 4096
+"""Of a list or table in it; every one is compared with every module."""
+
+MOST_RANK = 1 << 16
+"""No map of a CLIP is as wide."""
 
 # Where a checkpoint comes from and how peft is to run it; nothing of that changes what it computes.
 PROVENANCE = frozenset(
@@ -68,8 +78,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: a method or a field that is not supported; the message names field, value and what is.
     """
-    settings = read_json(path)
+    settings = read_json(path, MOST_CONFIG_BYTES)
     kind = settings.get("peft_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{path}: peft_type {shown(kind)} is not supported; supported: {', '.join(READ)}")
     if kind in _PROMPTS:
         raise UserError(
             f"{path}: peft_type {kind!r} cannot be used with CLIP: peft hands the model embeddings instead of token "
@@ -82,29 +94,43 @@ def read_config(path: Path) -> dict[str, Any]:
             continue
         if value not in (None, False, "none") and value != [] and value != {}:
             raise UserError(
-                f"{path}: {field} = {value!r} is not supported, since it changes what the adapter computes; supported: "
-                f"{field} off (false, null, 'none' or empty)"
+                f"{path}: {field} = {shown(value)} is not supported, since it changes what the adapter computes; "
+                f"supported: {field} off (false, null, 'none' or empty)"
             )
     for field, (holds, allowed) in _RULES[kind].items():
         if field in settings and not holds(settings[field]):
-            raise UserError(f"{path}: {field} = {settings[field]!r} is not supported; supported: {allowed}")
+            raise UserError(f"{path}: {field} = {shown(settings[field])} is not supported; supported: {allowed}")
     return settings
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_RANK
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and printable(value, lines=True)
 
 
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    return isinstance(value, list) and len(value) <= MOST_ENTRIES and all(map(_is_text, value))
 
 
 def _is_layers(value: Any) -> bool:
-    return value is None or isinstance(value, int) or (isinstance(value, list) and all(map(_is_index, value)))
+    if isinstance(value, list):
+        return len(value) <= MOST_ENTRIES and all(map(_is_index, value))
+    return value is None or _is_index(value)
 
 
 def _is_index(value: Any) -> bool:
@@ -112,11 +138,14 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_table_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or (isinstance(value, dict) and all(map(holds, value.values())))
+    def is_table(value: Any) -> bool:
+        return isinstance(value, dict) and len(value) <= MOST_ENTRIES and all(map(holds, value.values()))
+
+    return lambda value: value is None or is_table(value)
 
 
 def _optional_targets(value: Any) -> bool:
-    return value is None or isinstance(value, str) or _is_texts(value)
+    return value is None or _is_text(value) or _is_texts(value)
 
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -130,7 +159,9 @@ _RULES: dict[str, dict[str, Rule]] = {
     | {
         "r": (_is_count, "a whole number from 1"),
         "lora_alpha": (_is_number, "a number"),
-        "lora_dropout": (_is_number, "a number"),
+        "lora_dropout": (_is_share, "a number from 0, below 1"),
+        "use_dora": (_is_flag, "true or false"),
+        "use_rslora": (_is_flag, "true or false"),
         "rank_pattern": (_is_table_of(_is_count), "patterns with whole numbers from 1"),
         "alpha_pattern": (_is_table_of(_is_number), "patterns with numbers"),
         "layers_to_transform": (_is_layers, "null, a layer or a list of layers"),

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vla_jax import patterns
 from vla_jax.adapters import Affine, LoRA
 from vla_jax.adapters.base import Method
 from vla_jax.algebra.places import Place
@@ -75,6 +76,13 @@ def import_peft(folder: str | os.PathLike[str], backbone: Backbone, *, name: str
     """
     folder = Path(folder)
     settings, tensors = _read(folder, backbone)
+    with patterns.limited():
+        return _imported(folder, settings, tensors, backbone, name)
+
+
+def _imported(
+    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], backbone: Backbone, name: str
+) -> SavedAdapter:
     modules = Modules.of(backbone.config.towers)
     kind = settings["peft_type"]
     whole = {f"{PREFIX}{tensor}": tensor for tensor in _saved_tensors(modules, settings)}
@@ -126,10 +134,6 @@ def _read(folder: Path, backbone: Backbone) -> tuple[dict[str, Any], dict[str, n
             f"{folder} was trained on a backbone with fingerprint {trained_on}, and {backbone.name!r} has "
             f"{backbone.fingerprint}; give the backbone it was trained on"
         )
-    for tensor, value in tensors.items():
-        # bfloat16 is a type of ml_dtypes, which NumPy does not take for a float.
-        if not (np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16"):
-            raise UserError(f"tensor {tensor!r} in {folder} is {value.dtype}; allowed: float32, float16, bfloat16")
     return settings, {tensor: value.astype(np.float32) for tensor, value in tensors.items()}
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vla_jax import patterns
 from vla_jax.algebra.places import Place
 from vla_jax.backbones.convert import LINEAR, TABLE, Row
 from vla_jax.errors import UserError
@@ -133,10 +134,11 @@ def is_feedforward(name: str, feedforward_modules: str | Sequence[str]) -> bool:
     return any(name.endswith(end) for end in feedforward_modules)
 
 
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any, field: str) -> Any:
+def pattern_value(table: Mapping[str, Any], name: str, default: Any, field: str) -> Any:
     """What ``rank_pattern`` or ``alpha_pattern`` says of a module: the first key that ends its name wins."""
-    for pattern, value in patterns.items():
-        if _compiled(rf"(.*\.)?({pattern})$", field, pattern).match(name):
+    for pattern, value in table.items():
+        _check(pattern, field)
+        if patterns.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
 
@@ -146,34 +148,34 @@ def _ends(name: str, ends: Iterable[str]) -> bool:
 
 
 def _full(pattern: str, name: str, field: str) -> bool:
-    return _compiled(pattern, field, pattern).fullmatch(name) is not None
+    _check(pattern, field)
+    return patterns.fullmatch(pattern, name) is not None
 
 
-def _compiled(expression: str, field: str, given: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise UserError(f"adapter_config.json: {field} {given!r} is not a regular expression: {error}") from None
+@functools.lru_cache(maxsize=4096)
+def _check(pattern: str, field: str) -> None:
+    patterns.check(f"adapter_config.json: {field}", pattern)
 
 
 def _left_out(name: str, settings: Mapping[str, Any]) -> bool:
     excluded = settings.get("exclude_modules") or []
     out = _full(excluded, name, "exclude_modules") if isinstance(excluded, str) else _ends(name, excluded)
-    return out or any(
-        _compiled(rf"(^|.*\.){saved}($|\..*)", "modules_to_save", saved).match(name)
-        for saved in settings.get("modules_to_save") or []
-    )
+    for saved in settings.get("modules_to_save") or []:
+        _check(saved, "modules_to_save")
+        out = out or patterns.match(rf"(^|.*\.){saved}($|\..*)", name) is not None
+    return out
 
 
 def _in_layers(name: str, settings: Mapping[str, Any]) -> bool:
     layers = settings.get("layers_to_transform")
     if layers is None or layers == []:
         return True
-    patterns = settings.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    given = settings.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [given] if isinstance(given, str) else given:
         # Without a pattern of its own, peft wants something before the list of layers; with one it does not.
         before = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
-        found = _compiled(rf"{before}{pattern}\.(?P<layer>\d+)\.", "layers_pattern", pattern).match(name)
-        if found:
+        _check(pattern, "layers_pattern")
+        found = patterns.match(rf"{before}{pattern}\.(?P<layer>\d+)\.", name)
+        if found and found["layer"].isdecimal():  # the pattern may have a group of that name
             return int(found["layer"]) in ([layers] if isinstance(layers, int) else layers)
     return False

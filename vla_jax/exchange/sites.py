@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vla_jax.adapters import Placement, Plan, place
+from vla_jax.adapters import Placement, Plan
 from vla_jax.adapters.base import Method
-from vla_jax.adapters.plan import Group, Leaf
+from vla_jax.adapters.plan import Group, Leaf, leaf_shapes
 from vla_jax.algebra.places import Adapter, Place
 from vla_jax.algebra.places import assemble as assembled
 from vla_jax.errors import UserError, unknown
 from vla_jax.exchange.adapter_file import SavedAdapter
+from vla_jax.exchange.described import planned
 from vla_jax.names import Tree, flatten, unflatten
 from vla_jax.slots import SINGLE_SLOTS, SLOTS, TowerShape
 
@@ -48,7 +49,7 @@ def plan_of(saved: SavedAdapter) -> Plan:
             "the checkpoint's configuration has no placements, so that it does not say where its leaves belong; it has "
             + (", ".join(saved.adapters) or "nothing")
         )
-    return place([Placement.from_description(one) for one in described], tower_shapes(saved))
+    return planned(described, tower_shapes(saved))
 
 
 def lacks_start(saved: SavedAdapter) -> bool:
@@ -95,7 +96,25 @@ def adapter_of(saved: SavedAdapter, backbone: Tree | None = None) -> Adapter:
             "the checkpoint's placements and leaves do not fit together; missing: "
             f"{', '.join(missing) or 'none'}; extra: {', '.join(extra) or 'none'}"
         )
+    shapes = _shapes(plan)
+    for path, leaf in flat.items():
+        if leaf.shape != shapes[path]:
+            raise UserError(
+                f"{_PREFIX}{path} has the shape {list(leaf.shape)}, and the checkpoint's placements ask for "
+                f"{list(shapes[path])}; they do not belong together"
+            )
     return Adapter(plan, unflatten(flat))
+
+
+def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a plan by its path."""
+    found = {}
+    for group in plan.groups:
+        one = leaf_shapes(group.method, group.site)
+        for leaf in group.leaves:
+            stacked = ((group.depth,) if leaf.by_layer else ()) + ((group.tasks,) if leaf.by_task else ())
+            found[leaf.path] = (*stacked, *one[leaf.name])
+    return found
 
 
 def saved_as(saved: SavedAdapter, adapter: Adapter) -> SavedAdapter:

@@ -25,6 +25,7 @@ from rich.markup import escape
 
 from vla_jax.distributed import is_first
 from vla_jax.errors import UserError
+from vla_jax.foreign import parse_json
 
 MISSING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -221,15 +222,15 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error}); mend or delete the line") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a row is a JSON object, given {line[:80]!r}")
+            raise UserError(f"{path}, line {number}: a row is a JSON object, given {line[:80].decode()!r}")
         rows.append(row)
     return rows
 

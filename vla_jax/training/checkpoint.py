@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from vla_jax import distributed, names
 from vla_jax.errors import UserError
 from vla_jax.training import checksums
-from vla_jax.training.checkpoint_folder import absolute, check_whole, context, find, read_metadata, steps
+from vla_jax.training.checkpoint_folder import absolute, check_size, check_whole, context, find, read_metadata, steps
 from vla_jax.training.checkpoint_metadata import Identity, Metadata, check, leaves_of
 from vla_jax.training.data_state import data_state_text, own_data_state
 from vla_jax.training.metrics import package_version
@@ -283,6 +283,7 @@ def load_adapters(
     found = find(absolute(folder), step)
     check_whole(found, ("adapters",))
     metadata = read_metadata(found)
+    check_size(found, metadata)
     check(found, metadata, identity, None if expected is None else leaves_of(expected), None)
     placed = names.flatten(shardings) if isinstance(shardings, Mapping) else dict.fromkeys(metadata.leaves, shardings)
     if missing := sorted(metadata.leaves.keys() - placed.keys()):
@@ -293,8 +294,11 @@ def load_adapters(
         return jax.ShapeDtypeStruct(leaf.shape, dtype if cast else leaf.dtype, sharding=placed[name])
 
     abstract = names.unflatten({name: target(name, leaf) for name, leaf in metadata.leaves.items()})
-    with context():
-        return ocp.load_checkpointables(found, {"adapters": _abstract(abstract)})["adapters"], metadata
+    try:
+        with context():
+            return ocp.load_checkpointables(found, {"adapters": _abstract(abstract)})["adapters"], metadata
+    except Exception as error:  # of Orbax and TensorStore, where what is stored is not what the metadata say
+        raise UserError(f"the arrays of the checkpoint {found} cannot be read: {_shown(error)}") from error
 
 
 def _abstract(tree: Any) -> Any:

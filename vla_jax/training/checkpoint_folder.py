@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 
 from etils import epath
 from orbax.checkpoint import v1 as ocp
@@ -11,6 +13,12 @@ from vla_jax.distributed import from_first
 from vla_jax.errors import UserError
 from vla_jax.training import checksums
 from vla_jax.training.checkpoint_metadata import Metadata
+
+ALWAYS_READ = 1 << 28
+"""Bytes of leaves that are read however small the checkpoint is: new adapters are zeros in half of their leaves."""
+
+MOST_COMPRESSED = 64
+"""Bytes of leaves for each that is stored, beyond :data:`ALWAYS_READ`."""
 
 
 def context() -> ocp.Context:
@@ -92,10 +100,35 @@ def read_metadata(folder: epath.Path) -> Metadata:
         UserError: if it does not.
     """
     try:
+        checksums.read(folder / checksums.METADATA)  # within bounds, before Orbax reads it without
         with context():
             content = ocp.checkpointables_metadata(folder).custom_metadata
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what Orbax makes of metadata that it did not write
         raise UserError(f"{folder} cannot be read as a checkpoint: {error}") from error
-    if not content or "leaves" not in content:
+    if not content or not isinstance(content, Mapping) or "leaves" not in content:
         raise UserError(f"{folder} was not written by this package: it does not say what it holds")
-    return Metadata.from_json(content)
+    try:
+        return Metadata.from_json(content)
+    except ValueError as error:
+        raise UserError(f"{folder} says of itself what cannot be read: {error}; use another checkpoint") from error
+
+
+def check_size(folder: epath.Path, metadata: Metadata) -> None:
+    """Refuses leaves that would take far more memory than the checkpoint has bytes.
+
+    An array of which nothing is stored is read as zeros, so that a few bytes could ask for all memory there is.
+
+    Raises:
+        UserError: if they would.
+    """
+    asked = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in metadata.leaves.values())
+    if asked <= ALWAYS_READ:
+        return
+    stored = checksums.size(folder)
+    if asked > ALWAYS_READ + MOST_COMPRESSED * stored:
+        raise UserError(
+            f"the checkpoint {folder} has {stored:,} bytes and says that its leaves take {asked:,}; no trained weights "
+            "can be compressed like that"
+        )

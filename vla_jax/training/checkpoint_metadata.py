@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from vla_jax.errors import UserError, nearest
+from vla_jax.foreign import printable, shown
 
+_DTYPE = re.compile(r"[a-z][a-z0-9_]{0,30}")
 _SHOWN = 8  # Mismatches of one kind named in one error; the rest are counted.
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
@@ -73,18 +78,44 @@ class Metadata:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Metadata:
-        """The inverse of :meth:`to_json`."""
+        """The inverse of :meth:`to_json`.
 
-        def table(entries: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-            return {n: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype)) for n, (shape, dtype) in entries.items()}
+        Raises:
+            ValueError: if something is missing, or of another kind than what is written there.
+        """
+        try:
+            step, texts = content["step"], [content[name] for name in ("backbone", "fingerprint", "version")]
+            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 62:
+                raise ValueError(f"step is {shown(step)}")
+            if not all(isinstance(text, str) and printable(text) for text in texts):
+                raise ValueError(f"backbone, fingerprint and version are {shown(texts)}")
+            if not isinstance(content["adapters"], Mapping):
+                raise ValueError(f"adapters is {shown(content['adapters'])}")
+            return cls(
+                identity=Identity(texts[0], texts[1], content["adapters"]),
+                step=step,
+                version=texts[2],
+                leaves=_table(content["leaves"]),
+                optimizer=_table(content["optimizer"]),
+            )
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
-        return cls(
-            identity=Identity(content["backbone"], content["fingerprint"], content["adapters"]),
-            step=content["step"],
-            version=content["version"],
-            leaves=table(content["leaves"]),
-            optimizer=table(content["optimizer"]),
-        )
+
+def _table(entries: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    found = {}
+    for name, (shape, dtype) in entries.items():
+        # A truth value would count as 0 or 1.
+        sizes = isinstance(shape, list) and all(type(length) is int and length >= 0 for length in shape)
+        if not sizes or len(shape) > 32 or math.prod(shape) >= 1 << 48 or not isinstance(dtype, str):
+            raise ValueError(f"the array {shown(name)} is {shown([shape, dtype])}")
+        if not _DTYPE.fullmatch(dtype):  # NumPy would take it for the beginning of a program
+            raise ValueError(f"the array {shown(name)} holds {shown(dtype)}, which is no number")
+        kind = jax.numpy.dtype(dtype)
+        if not (jax.numpy.issubdtype(kind, jax.numpy.number) or kind == np.bool_):
+            raise ValueError(f"the array {shown(name)} holds {shown(dtype)}, which is no number")
+        found[name] = jax.ShapeDtypeStruct(tuple(shape), kind)
+    return found
 
 
 def leaves_of(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -23,6 +23,7 @@ from tensorboardX.summary import scalar
 
 import vla_jax
 from vla_jax.distributed import is_first
+from vla_jax.redaction import redacted
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -170,7 +171,7 @@ def versions() -> dict[str, Any]:
 def run_record(workdir: str | os.PathLike[str], config: Any) -> None:
     """Writes ``config.json`` (the resolved configuration) and ``versions.json`` into the work directory.
 
-    Of several processes the first alone writes.
+    Access tokens in the configuration's texts are not written. Of several processes the first alone writes.
 
     Args:
         workdir: the run's folder; created if missing.
@@ -181,7 +182,7 @@ def run_record(workdir: str | os.PathLike[str], config: Any) -> None:
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     resolved = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
-    (workdir / "config.json").write_text(json.dumps(resolved, indent=2, default=str) + "\n")
+    (workdir / "config.json").write_text(redacted(json.dumps(resolved, indent=2, default=str)) + "\n")
     (workdir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
 
 

@@ -16,9 +16,9 @@ from vla_jax.data.builders._files import (
     Unique,
     read_json,
     read_json_lines,
-    read_plain_pickle,
     read_rows,
 )
+from vla_jax.data.builders._plain_pickle import read_plain_pickle
 from vla_jax.errors import UserError
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vla_jax.errors import UserError
+from vla_jax.foreign import MOST_ANNOTATION_BYTES, inside, parse_json, read_bytes, shown
 
+MOST_LINE_BYTES = 1 << 24
+"""Of a row of JSON lines; NLVR's, with all objects of three boxes, have a few thousand."""
+
+_DIGITS = 18  # of whole numbers, which fit into 64 bits
 _SHOWN = 3  # of many missing pictures, those that a message names
 
 
@@ -30,7 +33,7 @@ class Row:
         """Takes an object with its file and its number there: a position from 1 on, or a line, or an id."""
         self.file, self.number = file, number
         if not isinstance(values, Mapping):
-            raise self.error(f"expected an object with named fields; found {_shown(values)}")
+            raise self.error(f"expected an object with named fields; found {shown(values)}")
         self.values = values
 
     @property
@@ -59,16 +62,16 @@ class Row:
     def as_text(self, value: Any, name: str) -> str:
         """A value of this row as text: annotators who answer "2" are sometimes stored as the number."""
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise self.error(f"{name!r} must be a text (or a number, which becomes one); found {_shown(value)}")
+            raise self.error(f"{name!r} must be a text (or a number, which becomes one); found {shown(value)}")
         return value if isinstance(value, str) else str(value)
 
     def integer(self, key: str) -> int:
         """A field that counts or names something: an integer, or its digits as text."""
         value = self.get(key)
-        if isinstance(value, str) and value.isascii() and value.isdigit():
+        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < _DIGITS:
             return int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(f"{key!r} must be a whole number; found {_shown(value)}")
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 10**_DIGITS:
+            raise self.error(f"{key!r} must be a whole number; found {shown(value)}")
         return value
 
     def truth(self, key: str) -> int:
@@ -79,13 +82,13 @@ class Row:
             for label, spellings in enumerate(((0, "false", "0"), (1, "true", "1"))):
                 if spelled in spellings:
                     return label
-        raise self.error(f"{key!r} must be true or false (or 1 or 0); found {_shown(value)}")
+        raise self.error(f"{key!r} must be true or false (or 1 or 0); found {shown(value)}")
 
     def items(self, key: str) -> list[Any]:
         """A field that is a list."""
         value = self.get(key)
         if not isinstance(value, list):
-            raise self.error(f"{key!r} must be a list; found {_shown(value)}")
+            raise self.error(f"{key!r} must be a list; found {shown(value)}")
         return value
 
 
@@ -126,8 +129,8 @@ def read_json(path: Path, *, unique_keys: bool = False) -> Any:
             raise UserError(f"{path}: the id {twice!r} stands twice; every id may stand once")
         return found
 
-    with path.open("rb") as file:
-        return _parsed(file.read(), str(path), object_pairs_hook=distinct if unique_keys else None)
+    content = read_bytes(path, MOST_ANNOTATION_BYTES)
+    return _parsed(content, str(path), object_pairs_hook=distinct if unique_keys else None)
 
 
 def read_rows(path: Path, key: str) -> list[Row]:
@@ -154,41 +157,40 @@ def read_json_lines(path: Path) -> Iterator[Row]:
         UserError: if a line is no JSON.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        number = 0
+        while line := file.readline(MOST_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MOST_LINE_BYTES:
+                raise UserError(f"{path}, row {number}: it has over {MOST_LINE_BYTES:,} bytes; is this the file?")
             if line.strip():
                 yield Row(_parsed(line, f"{path}, row {number}"), path, number)
 
 
 def _parsed(content: bytes, place: str, **settings: Any) -> Any:
     try:
-        return json.loads(content.decode("utf-8-sig"), **settings)
+        return parse_json(content.decode("utf-8-sig"), **settings)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{place}: no valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; is the file complete?"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: no UTF-8 text at byte {error.start}; is the file unpacked and complete?") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; this is not the published file") from error
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of lists, dicts, strings and numbers, and nothing that would import or call anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only lists, dicts, texts and numbers are read")
-
-
-def read_plain_pickle(path: Path) -> Any:
-    """A pickle of plain containers, texts and numbers, such as Python 2 wrote; no code of it is ever run.
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text in UTF-8.
 
     Raises:
-        UserError: if it is no pickle, is cut short, or holds anything else.
+        UserError: if it is none, or too large.
     """
-    content = path.read_bytes()
     try:
-        # Texts of Python 2 are bytes; the published ones are ASCII, which is UTF-8.
-        return _PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
-    except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{path}: this is not the published pickle of plain values: {error}") from error
+        return read_bytes(path, MOST_ANNOTATION_BYTES).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no UTF-8 text at byte {error.start}; is the file unpacked and complete?") from error
 
 
 @dataclass
@@ -210,10 +212,10 @@ class ManualFolder:
     _missing: list[tuple[Path, str]] = field(default_factory=list)
 
     def find(self, *alternatives: str) -> Path | None:
-        """The first of the relative paths that exists, or None."""
+        """The first of the relative paths that exists, or None; none may leave the folder."""
         for folder in (self.root / self.name, self.root):
             for alternative in alternatives:
-                if (folder / alternative).exists():
+                if inside(folder, alternative).exists():
                     return folder / alternative
         return None
 
@@ -283,15 +285,14 @@ class Pictures:
             return self.folder / name
         if name in self._folders:
             return Path(self._folders[name]) / name
-        self._missing.append((self.folder / name, row.place))
-        return self.folder / name
+        try:
+            place = inside(self.folder, name)
+        except UserError as error:
+            raise row.error(str(error)) from None
+        self._missing.append((place, row.place))
+        return place
 
 
 def coco_folders(subset: str) -> tuple[str, ...]:
     """Where a subset of COCO's pictures such as ``train2014`` may lie: as unpacked, and as published tools want it."""
     return (subset, f"images/{subset}", f"Images/mscoco/{subset}", f"images/mscoco/images/{subset}", f"coco/{subset}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{text[:60]}... ({type(value).__name__})" if len(text) > 60 else f"{text} ({type(value).__name__})"

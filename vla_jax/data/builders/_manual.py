@@ -23,6 +23,7 @@ from tensorflow_datasets.core import example_serializer, splits
 from tqdm.auto import tqdm
 
 from vla_jax.data.builders._files import ManualFolder
+from vla_jax.data.image import read_picture
 from vla_jax.errors import UserError, unknown
 
 _log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder):
         def serialised(part: Sequence[Record]) -> Iterator[tuple[int, bytes]]:
             nonlocal size
             for position, record in enumerate(part):
-                pictures = {name: path.read_bytes() for name, path in record.pictures.items()}
+                pictures = {name: read_picture(path) for name, path in record.pictures.items()}
                 example = self.info.features.encode_example({**pictures, **record.fields})
                 content = serializer.serialize_example(example)
                 size += len(content)

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from vla_jax.data.builders._files import ManualFolder, Pictures, Row, coco_folders
 from vla_jax.data.builders._karpathy import caption_features, read_captions
 from vla_jax.data.builders._manual import Annotations, ManualBuilder, Record
+from vla_jax.foreign import plain_name, shown
 
 
 class CocoCaptions(ManualBuilder):
@@ -44,6 +45,8 @@ From https://cocodataset.org/#download, unpacked into manual_dir (or its folder 
 
         def picture(row: Row) -> Path:
             subset = row.text("filepath")
+            if not plain_name(subset):
+                raise row.error(f"'filepath' names no folder of COCO but {shown(subset)}")
             if subset not in subsets:
                 subsets[subset] = folder.pictures(*coco_folders(subset))
             return subsets[subset].find(row.text("filename"), row)

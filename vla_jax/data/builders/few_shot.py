@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from vla_jax.data.builders._files import ManualFolder, Row, Unique, read_json
+from vla_jax.data.builders._files import ManualFolder, Row, Unique, read_json, read_lines
 from vla_jax.data.builders._manual import ManualBuilder, Record
 from vla_jax.data.few_shot_sets import FEW_SHOT_SETS, FewShotSet
 from vla_jax.errors import UserError
+from vla_jax.foreign import shown
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
@@ -89,7 +90,8 @@ def _published(folder: ManualFolder, of: FewShotSet) -> dict[str, list[Row]]:
 
     def row(values: Any, number: str) -> Row:
         if not isinstance(values, list) or len(values) != 3:
-            raise UserError(f"{file}, row {number}: expected a picture, a label and a class name; found {values!r}")
+            found = shown(values)
+            raise UserError(f"{file}, row {number}: expected a picture, a label and a class name; found {found}")
         return Row(dict(zip(("picture", "label", "class_name"), values, strict=True)), file, number)
 
     return {
@@ -101,14 +103,13 @@ def _published(folder: ManualFolder, of: FewShotSet) -> dict[str, list[Row]]:
 def _aircraft(folder: ManualFolder, of: FewShotSet) -> dict[str, list[Row]]:
     """Lists with a picture's number and its variant a line; a label is a variant's place in ``variants.txt``."""
     labels = {
-        variant.strip(): label
-        for label, variant in enumerate(folder.require(f"{of.folder}/variants.txt").read_text().splitlines())
+        variant.strip(): label for label, variant in enumerate(read_lines(folder.require(f"{of.folder}/variants.txt")))
     }
     rows: dict[str, list[Row]] = {}
     for split, name in _SPLITS.items():
         file = folder.require(f"{of.folder}/images_variant_{name}.txt")
         rows[split] = []
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        for number, line in enumerate(read_lines(file), 1):
             picture, _, variant = line.strip().partition(" ")
             if variant not in labels:
                 raise UserError(f"{file}, row {number}: the variant {variant!r} is not in variants.txt")

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from vla_jax.data.builders._files import (
     ManualFolder,
@@ -24,13 +23,16 @@ from vla_jax.data.builders._files import (
     as_rows,
     coco_folders,
     read_json,
-    read_plain_pickle,
 )
 from vla_jax.data.builders._manual import Annotations, ManualBuilder, Record
+from vla_jax.data.builders._plain_pickle import read_plain_pickle
+from vla_jax.data.image import UnreadablePicture, opened
 from vla_jax.errors import UserError, unknown
+from vla_jax.foreign import shown
 
 # Corners are sums of numbers that were rounded, so a box at the picture's edge may stand out by a little.
 _ROUNDING = 1.0
+_LARGEST = 1e9  # a coordinate in pixels
 _SPLITS = {"train": "train", "val": "validation", "test": "test", "testA": "testA", "testB": "testB"}
 
 
@@ -161,13 +163,15 @@ class _Instances:
         """An object's box as x0, y0, x1, y1."""
         numbers = row.items("bbox")
         if len(numbers) != 4 or not all(isinstance(number, int | float) for number in numbers):
-            raise row.error(f"'bbox' must be x, y, width, height; found {numbers}")
+            raise row.error(f"'bbox' must be x, y, width, height; found {shown(numbers)}")
         image_id = row.integer("image_id")
         if image_id not in self.pictures:
             raise row.error(f"the object {row.integer('id')} is in a picture {image_id} that is not among the images")
         image = self.pictures[image_id]
         size = np.array([image.integer("width"), image.integer("height")] * 2, np.float64)
         x, y, width, height = numbers
+        if not all(abs(number) < _LARGEST for number in numbers):  # nor NaN
+            raise row.error(f"the box {shown(numbers)} (x, y, width, height) has a negative or no size")
         box = np.array([x, y, x + width, y + height], np.float64)
         if not (np.isfinite(box).all() and width >= 0 and height >= 0):
             raise row.error(f"the box {numbers} (x, y, width, height) has a negative or no size")
@@ -229,9 +233,9 @@ def _phrases(file: Path, instances: _Instances) -> dict[str, dict[int, tuple[Row
 def _check_size(path: Path, fields: Mapping[str, Any], row: Row) -> None:
     """Boxes are in pixels of the published picture; one that was resized would silently put them elsewhere."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             size = image.size
-    except (OSError, SyntaxError, ValueError) as error:
+    except UnreadablePicture as error:
         raise row.error(f"the picture {path} cannot be opened: {error}") from error
     if size != (fields["width"], fields["height"]):
         raise row.error(

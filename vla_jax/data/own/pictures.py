@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
-
+from vla_jax.data.image import MOST_PICTURE_BYTES, UnreadablePicture, opened
 from vla_jax.data.own.rows import Flaw
+from vla_jax.foreign import is_file
 
 _REMEMBERED = 65_536
 
@@ -63,15 +63,18 @@ class Pictures:
 
     def _look(self, name: str) -> Looked:
         path = self._folder / name
-        if not path.is_file():
+        if not is_file(path):
             return Looked(Flaw("missing picture", f"there is no picture {path}"))
+        if path.stat().st_size > MOST_PICTURE_BYTES:
+            return Looked(Flaw("unreadable picture", f"the picture {path} has over {MOST_PICTURE_BYTES:,} bytes"))
         if not (self._decode or self._sizes):
             return Looked()
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 if self._decode:
                     image.load()
                 return Looked(size=image.size)
+        except UnreadablePicture as error:
+            return Looked(Flaw("unreadable picture", f"the picture {path} {error}"))
         except Exception as error:  # whatever the decoder of any format may raise on a damaged file
-            reason = "it is no picture that can be read" if "cannot identify" in str(error) else str(error)
-            return Looked(Flaw("unreadable picture", f"the picture {path} cannot be decoded: {reason}"))
+            return Looked(Flaw("unreadable picture", f"the picture {path} cannot be decoded: {error}"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,13 @@ import numpy as np
 from vla_jax.data.boxes import check_boxes
 from vla_jax.data.own.settings import SPLIT_NAMES, TASKS, OwnData
 from vla_jax.errors import UserError
+from vla_jax.foreign import MOST_PATH, parse_json, printable, shown
+
+MOST_NAME = 1000
+"""Characters of a label or an id. Labels are all remembered, and stand in messages and tables."""
+
+MOST_TEXT = 1 << 16
+"""Characters of a text, of which a tower reads a few hundred."""
 
 Kind = Literal[
     "row",
@@ -144,21 +150,24 @@ class RowReader:
     def _text(self, values: Mapping[str, Any], name: str) -> str:
         value = self._value(values, name)
         if not isinstance(value, str):
-            raise Flaw("text", f"the column {self.columns[name]!r} is to hold a text; got {_shown(value)}")
+            raise Flaw("text", f"the column {self.columns[name]!r} is to hold a text; got {shown(value)}")
         if not value.strip():
             raise Flaw("text", f"the text in the column {self.columns[name]!r} is empty")
+        self._check_length(value, name, "text")
         return value
+
+    def _check_length(self, text: str, name: str, kind: Literal["text", "answer"]) -> None:
+        if len(text) > MOST_TEXT:
+            raise Flaw(kind, f"a text in the column {self.columns[name]!r} has over {MOST_TEXT:,} characters")
 
     def _texts(self, values: Mapping[str, Any], name: str, kind: Literal["text", "answer"]) -> list[str]:
         """A list of texts; a text that is no list is the only one. Answers that are numbers are written out."""
         value = self._value(values, name)
         if isinstance(value, str) and value.lstrip().startswith("["):
             try:
-                value = json.loads(value)
+                value = parse_json(value)
             except ValueError:
-                raise Flaw(
-                    kind, f"the list in the column {self.columns[name]!r} is not JSON: {_shown(value)}"
-                ) from None
+                raise Flaw(kind, f"the list in the column {self.columns[name]!r} is not JSON: {shown(value)}") from None
         items = value if isinstance(value, list) else [value]
         if kind == "answer":
             items = [_written(item) for item in items]
@@ -166,27 +175,30 @@ class RowReader:
             raise Flaw(kind, f"the list in the column {self.columns[name]!r} is empty; at least one {kind}")
         for item in items:
             if not isinstance(item, str) or not item.strip():
-                shown = "is empty" if isinstance(item, str) else f"is {_shown(item)}"
-                raise Flaw(kind, f"an entry of the column {self.columns[name]!r} {shown}; each is to be a text")
+                what = "is empty" if isinstance(item, str) else f"is {shown(item)}"
+                raise Flaw(kind, f"an entry of the column {self.columns[name]!r} {what}; each is to be a text")
+            self._check_length(item, name, kind)
         return items
 
     def _class(self, values: Mapping[str, Any]) -> dict[str, str]:
         value = self._value(values, "label")
         name = _written(value)
         if isinstance(value, bool) or not isinstance(name, str) or not name.strip():
-            raise Flaw("label", f"a label is the name or the number of a class; got {_shown(value)}")
+            raise Flaw("label", f"a label is the name or the number of a class; got {shown(value)}")
         name = name.strip()
+        _check_name("label", "label", name)
         if self.data.classes and name not in self.data.classes:
             raise Flaw("label", f"the label {name!r} is none of the classes {', '.join(self.data.classes)}")
         return {"class_name": name}
 
     def _truth(self, values: Mapping[str, Any]) -> dict[str, int]:
         value = self._value(values, "label")
-        truth = TRUTH.get(str(_written(value)).strip().lower())
+        written = "" if isinstance(value, list | dict) else str(_written(value))
+        truth = TRUTH.get(written.strip().lower())
         if truth is None:
             raise Flaw(
                 "label",
-                f"the label of a text is 0 or 1, false or true, no or yes; got {_shown(value)}. If it is a class, say "
+                f"the label of a text is 0 or 1, false or true, no or yes; got {shown(value)}. If it is a class, say "
                 "task=classification",
             )
         return {"label": truth}
@@ -196,37 +208,38 @@ class RowReader:
         try:
             numbers = value if isinstance(value, list) else value.strip("[]() ").replace(",", " ").split()
             left, top, a, b = (float(number) for number in numbers)
-        except (AttributeError, TypeError, ValueError):
-            raise Flaw("box", f"a box is four numbers; got {_shown(value)}") from None
+        except (AttributeError, TypeError, ValueError, OverflowError):
+            raise Flaw("box", f"a box is four numbers; got {shown(value)}") from None
         if self.data.box_format == "xywh":
             a, b = left + a, top + b
         box = [left, top, a, b]
         if not all(map(math.isfinite, box)):
-            raise Flaw("box", f"a box is four finite numbers; got {_shown(value)}")
+            raise Flaw("box", f"a box is four finite numbers; got {shown(value)}")
         if not (left < a and top < b):
             other = {"xyxy": "xywh", "xywh": "xyxy"}[self.data.box_format]
-            message = f"the box {_shown(value)} holds nothing, read as {self.data.box_format}; is box_format {other}?"
+            message = f"the box {shown(value)} holds nothing, read as {self.data.box_format}; is box_format {other}?"
             raise Flaw("box", message)
         return {"box": box}
 
     def _split(self, values: Mapping[str, Any]) -> dict[str, str]:
         value = self._value(values, "split")
-        split = SPLIT_NAMES.get(str(value).strip().lower())
+        split = SPLIT_NAMES.get("" if isinstance(value, list | dict) else str(value).strip().lower())
         if split is None:
-            raise Flaw("split", f"a split is train, validation or test; got {_shown(value)}")
+            raise Flaw("split", f"a split is train, validation or test; got {shown(value)}")
         return {"split": split}
 
     def _id(self, values: Mapping[str, Any]) -> dict[str, str]:
         value = _written(self._value(values, "id"))
         if not isinstance(value, str) or not value.strip():
-            raise Flaw("column", f"an id is a text or a number; got {_shown(value)}")
+            raise Flaw("column", f"an id is a text or a number; got {shown(value)}")
+        _check_name("id", "column", value)
         return {"id": value}
 
     def _picture(self, values: Mapping[str, Any]) -> dict[str, str]:
         """The picture's path in the folder; it must not leave it."""
         path = self._value(values, "image")
-        if not isinstance(path, str) or not path.strip() or "\0" in path:
-            raise Flaw("path", f"the path of a picture is a text; got {_shown(path)}")
+        if not isinstance(path, str) or not path.strip() or len(path) > MOST_PATH or not printable(path):
+            raise Flaw("path", f"the path of a picture is a text without control characters; got {shown(path)}")
         if "://" in path:
             raise Flaw("path", f"{path!r} is an address on the net; fetch the picture and give the path of its file")
         if os.path.isabs(path):
@@ -240,6 +253,11 @@ class RowReader:
         return {"image_id": path}
 
 
+def _check_name(what: str, kind: Kind, name: str) -> None:
+    if len(name) > MOST_NAME or not printable(name, lines=True):
+        raise Flaw(kind, f"a {what} has at most {MOST_NAME:,} characters, none a control character; got {shown(name)}")
+
+
 def _written(value: Any) -> Any:
     """Numbers and truth values as they are written in a table; 3.0 is what is left of 3 beside missing values."""
     if isinstance(value, bool):
@@ -247,8 +265,3 @@ def _written(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if isinstance(value, int | float) else value
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

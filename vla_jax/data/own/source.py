@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax.data.image import read_picture
 from vla_jax.data.own.rows import RowReader
 from vla_jax.data.own.scan import Problem, Progress, Scan, Summary
 from vla_jax.data.own.settings import SPLITS, OwnData
@@ -59,8 +60,8 @@ class OwnSource:
         example = self.annotation(index)
         path = self._readers[self._rows["file"][self._first(index)]].folder / example["image_id"]
         try:
-            image = path.read_bytes()
-        except OSError as error:
+            image = read_picture(path)
+        except (OSError, UserError) as error:
             raise UserError(f"{self.place(index)}: the picture {path} cannot be read: {error}") from error
         return example | {"image": image}
 

@@ -6,17 +6,27 @@ file the needed columns are held, since its rows do not lie one after the other.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
-import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from vla_jax.errors import UserError
+from vla_jax.foreign import parse_json
+
+MOST_ROW_BYTES = 1 << 20
+"""Of a line: texts and the path of a picture. A file without ends of lines would be one line."""
+
+MOST_COLUMNS = 10_000
+"""Of a file; every row of CSV has a cell for each."""
+
+MOST_ROWS = 1 << 30
+"""Of a Parquet file, which can say a thousand times that many in a few bytes."""
 
 _BOM = b"\xef\xbb\xbf"
 _LOOKED_AT = 1000  # rows whose keys are the columns of JSON lines
@@ -125,26 +135,38 @@ class JsonLines(_Bytes):
                 raise UserError(f"{path} is one JSON array; write one object a line instead (JSON lines)")
         first = (record.values for record in itertools.islice(self.records(), _LOOKED_AT))
         self.columns = list(dict.fromkeys(name for values in first if values for name in values))
+        _check_columns(self)
 
     def records(self) -> Iterator[Record]:
         start = 0
         with self.path.open("rb") as file:
-            for line, raw in enumerate(file, start=1):
-                if raw.strip() not in (b"", _BOM):
+            for line, (raw, length) in enumerate(_lines(file), start=1):
+                if length > MOST_ROW_BYTES:
+                    yield Record(line, start, 0, None, f"has {length:,} bytes, and {MOST_ROW_BYTES:,} are the most")
+                elif raw.strip() not in (b"", _BOM):
                     values, problem = _parsed(raw.removeprefix(_BOM) if line == 1 else raw)
-                    yield Record(line, start, len(raw), values, problem)
-                start += len(raw)
+                    yield Record(line, start, length, values, problem)
+                start += length
 
     def read(self, start: int, length: int) -> dict[str, Any]:
-        return json.loads(self._read(start, length).removeprefix(_BOM))
+        return parse_json(self._read(start, length).removeprefix(_BOM))
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """The lines of a file and their lengths; of one that is too long, only the beginning is held."""
+    while raw := file.readline(MOST_ROW_BYTES + 1):
+        length, last = len(raw), raw
+        while length > MOST_ROW_BYTES and not last.endswith(b"\n") and (last := file.readline(MOST_ROW_BYTES)):
+            length += len(last)
+        yield raw, length
 
 
 def _parsed(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     try:
-        values = json.loads(raw.decode())
+        values = parse_json(raw)
     except UnicodeDecodeError:
         return None, "is not UTF-8"
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return None, f"is not JSON: {error}"
     if not isinstance(values, dict):
         return None, f"is not a JSON object but {type(values).__name__}"
@@ -159,6 +181,7 @@ class Csv(_Bytes):
         self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         header = next(self._rows(), None)
         self.columns = [name.strip() for name in header[3]] if header else []
+        _check_columns(self)
         if len(set(self.columns)) < len(self.columns):
             raise UserError(f"the header of {path} names a column twice: {', '.join(self.columns)}")
         if len(self.columns) == 1 and ";" in self.columns[0]:
@@ -173,21 +196,26 @@ class Csv(_Bytes):
 
     def read(self, start: int, length: int) -> dict[str, Any]:
         text = self._read(start, length).removeprefix(_BOM).decode()
-        return self._named(next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter)))
+        try:
+            cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter), [])
+        except csv.Error as error:
+            raise ValueError(str(error)) from None
+        return self._named(cells)
 
     def _named(self, cells: list[str]) -> dict[str, Any]:
         return {name: cell for name, cell in zip(self.columns, cells, strict=True) if cell.strip()}
 
     def _rows(self) -> Iterator[tuple[int, int, int, list[str], str]]:
         """Line, place and cells of every row, the header first; a row may take several lines."""
-        position, broken = 0, False
+        position, broken, too_long = 0, False, False
 
         def lines() -> Iterator[str]:
-            nonlocal position, broken
-            for raw in file:
-                position += len(raw)
+            nonlocal position, broken, too_long
+            for raw, length in _lines(file):
+                position += length
+                too_long = too_long or length > MOST_ROW_BYTES
                 try:
-                    yield raw.removeprefix(_BOM if position == len(raw) else b"").decode()
+                    yield raw.removeprefix(_BOM if position == length else b"").decode()
                 except UnicodeDecodeError:
                     broken = True
                     yield raw.decode(errors="replace")
@@ -195,14 +223,17 @@ class Csv(_Bytes):
         with self.path.open("rb") as file:
             reader = csv.reader(lines(), delimiter=self._delimiter, strict=True)
             while True:
-                line, start, broken = reader.line_num + 1, position, False
+                line, start, broken, too_long = reader.line_num + 1, position, False, False
                 try:
                     cells, problem = next(reader), ""
                 except StopIteration:
                     return
                 except csv.Error as error:
                     cells, problem = [], f"is not CSV: {error}; is a quotation mark left open?"
-                yield line, start, position - start, cells, "is not UTF-8" if broken else problem
+                if too_long or position - start > MOST_ROW_BYTES:
+                    yield line, start, 0, [], f"has over {MOST_ROW_BYTES:,} bytes"
+                else:
+                    yield line, start, position - start, cells, "is not UTF-8" if broken else problem
 
 
 class Parquet:
@@ -215,14 +246,21 @@ class Parquet:
         import pyarrow.parquet
 
         self.path = path
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read as Parquet: {error}") from None
-        self.columns = list(file.schema_arrow.names)
-        self.size = file.metadata.num_rows
+        with self._read_whole(), pyarrow.parquet.ParquetFile(path) as file:
+            self.columns = list(file.schema_arrow.names)
+            self.size = file.metadata.num_rows
+        if not 0 <= self.size <= MOST_ROWS:
+            raise UserError(f"{path} says that it has {self.size:,} rows, and {MOST_ROWS:,} are the most")
+        _check_columns(self)
         self._kept: list[str] | None = None
         self._table = None
+
+    @contextlib.contextmanager
+    def _read_whole(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a damaged file ends in errors of many kinds, of memory among them
+            raise UserError(f"{self.path} cannot be read as Parquet: {error}") from None
 
     def keep(self, columns: Sequence[str]) -> None:
         """Reads no other columns from here on."""
@@ -234,17 +272,30 @@ class Parquet:
     def records(self) -> Iterator[Record]:
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(self.path) as file:
-            rows = itertools.chain.from_iterable(
-                batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS, columns=self._kept)
-            )
-            for index, values in enumerate(rows):
-                yield Record(index + 1, index, 1, values)
+        with self._read_whole():
+            file = pyarrow.parquet.ParquetFile(self.path)
+        with file:
+            batches, index = file.iter_batches(_PARQUET_ROWS, columns=self._kept), 0
+            while True:
+                with self._read_whole():
+                    batch = next(batches, None)
+                    rows = [] if batch is None else batch.to_pylist()
+                if batch is None:
+                    return
+                for values in rows:
+                    index += 1
+                    yield Record(index, index - 1, 1, values)
 
     def read(self, start: int, length: int) -> dict[str, Any]:
         import pyarrow.parquet
 
         with _reading:  # of the threads that need it first, one reads it
             if self._table is None:
-                self._table = pyarrow.parquet.read_table(self.path, columns=self._kept)
+                with self._read_whole():
+                    self._table = pyarrow.parquet.read_table(self.path, columns=self._kept)
         return self._table.slice(start, length).to_pylist()[0]
+
+
+def _check_columns(table: Table) -> None:
+    if len(table.columns) > MOST_COLUMNS:
+        raise UserError(f"{table.path} has {len(table.columns):,} columns, and {MOST_COLUMNS:,} are the most")

@@ -33,7 +33,7 @@ def trained_classes(index: Index, codes: Mapping[str, int]) -> tuple[str, ...]:
     """The labels of the training rows, numbers by their size and names by their letters."""
     trained = set(np.unique(index["label"][index["split"] == 0]).tolist())
     names = [name for name, code in codes.items() if code in trained]
-    numbers = all(name.lstrip("-").isdecimal() for name in names)
+    numbers = all(name.removeprefix("-").isdecimal() for name in names)
     return tuple(sorted(names, key=int if numbers else str))
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax.data.image import read_picture
 from vla_jax.errors import UserError
-from vla_jax.evaluation.annotations import check_pictures, fields, read_json, read_json_lines
+from vla_jax.evaluation.annotations import check_pictures, fields, picture_below, read_json, read_json_lines
 from vla_jax.evaluation.winoground.judging import group_by
+from vla_jax.foreign import shown
 
 NO_TAG = "no tag"
 _DOWNLOAD = (
@@ -24,6 +26,7 @@ _RELABELLING = (
     "It is new_tag_assignments.json of https://github.com/ajd12342/why-winoground-hard: an object that has the list of "
     "tags of each example by its id."
 )
+_LONGEST_ID = 1000
 _FIELDS = {"caption_0": str, "caption_1": str, "image_0": str, "image_1": str, "tag": str}
 
 
@@ -64,15 +67,20 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def _example(entry: dict[str, Any], images: Path, where: str) -> Example:
-    fields(entry, {"id": (int, str)} | _FIELDS, where)
+    (identifier, *_) = fields(entry, {"id": (int, str)} | _FIELDS, where)
+    if len(str(identifier)) > _LONGEST_ID:
+        raise UserError(f"{where}: an id has at most {_LONGEST_ID} characters")
+    for key in ("secondary_tag", "collapsed_tag"):
+        if not isinstance(entry.get(key), str | None):
+            raise UserError(f"{where}: field {key} is {shown(entry[key])}, not a text")
     predicates = entry.get("num_main_preds", 1)
     if not isinstance(predicates, int) or predicates < 1:
-        raise UserError(f"{where}: num_main_preds is {predicates!r}, not a whole number from 1 on")
+        raise UserError(f"{where}: num_main_preds is {shown(predicates)}, not a whole number from 1 on")
     names = [entry[key] for key in ("image_0", "image_1")]
     return Example(
         identifier=str(entry["id"]),
         captions=(entry["caption_0"], entry["caption_1"]),
-        images=tuple(images / (name if Path(name).suffix else f"{name}.png") for name in names),
+        images=tuple(picture_below(images, name if Path(name).suffix else f"{name}.png", where) for name in names),
         tag=entry["tag"],
         secondary_tag=str(entry.get("secondary_tag") or ""),
         num_main_preds=predicates,
@@ -122,7 +130,7 @@ def read_relabelling(path: str | Path, examples: Sequence[Example]) -> dict[str,
         raise UserError(f"{path}: {len(absent)} of {len(known)} examples are missing, first {absent[0]!r}")
     for key, tags in content.items():
         if not isinstance(tags, list) or not all(isinstance(tag, str) and tag.strip() for tag in tags):
-            raise UserError(f"{path}: the tags of {key!r} are {tags!r}, not a list of texts")
+            raise UserError(f"{path}: the tags of {shown(key)} are {shown(tags)}, not a list of texts")
         if twice := [tag for tag, count in Counter(tags).items() if count > 1]:
             raise UserError(f"{path}: example {key!r} has the tag {twice[0]!r} twice")
     return {key: tuple(tags) for key, tags in content.items()}
@@ -169,6 +177,6 @@ class Winoground:
         example = self.examples[position]
         found: dict[str, Any] = {"id": example.identifier}
         for number, (caption, image) in enumerate(zip(example.captions, example.images, strict=True)):
-            found |= {f"caption_{number}": caption, f"image_{number}": image.read_bytes()}
+            found |= {f"caption_{number}": caption, f"image_{number}": read_picture(image)}
         names = ("tag", "secondary_tag", "num_main_preds", "collapsed_tag")
         return found | {name: getattr(example, name) for name in names}

@@ -13,6 +13,7 @@ import numpy as np
 
 from vla_jax.errors import UserError
 from vla_jax.evaluation.annotations import read_json_lines
+from vla_jax.foreign import shown
 from vla_jax.reporting.table import write_atomically
 
 _LABEL = re.compile(r"(?P<identifier>.+)_c(?P<caption>[01])_i(?P<image>[01])")
@@ -59,11 +60,11 @@ def read_scores(path: str | Path, identifiers: Sequence[str | int]) -> np.ndarra
         label, score = entry.get("label"), entry.get("score")
         match = _LABEL.fullmatch(label) if isinstance(label, str) else None
         if match is None:
-            raise UserError(f"{where}: label {label!r} is not of the form <id>_c<0 or 1>_i<0 or 1>")
+            raise UserError(f"{where}: label {shown(label)} is not of the form <id>_c<0 or 1>_i<0 or 1>")
         if match["identifier"] not in position:
-            raise UserError(f"{where}: label {label!r} names no example; there are {len(position)} examples")
+            raise UserError(f"{where}: label {shown(label)} names no example; there are {len(position)} examples")
         if not _finite(score):
-            raise UserError(f"{where}: the score of {label!r} is {score!r}, not a finite number")
+            raise UserError(f"{where}: the score of {label!r} is {shown(score)}, not a finite number")
         place = (position[match["identifier"]], int(match["caption"]), int(match["image"]))
         if place in lines:
             raise UserError(f"{where}: label {label!r} stands already in line {lines[place]}")

@@ -13,6 +13,7 @@ from vla_jax.data.image import Preprocess
 from vla_jax.data.quadruple_pairs import as_scores
 from vla_jax.errors import UserError
 from vla_jax.evaluation import winoground
+from vla_jax.foreign import load_arrays
 from vla_jax.model import MODALITIES
 from vla_jax.reporting.page.maps import HeatMaps, Pair
 from vla_jax.reporting.page.shown import Answer, Example, Gallery, Judgement, Quadruple, Shelf
@@ -55,7 +56,8 @@ def make_galleries(work: WorkDirectory, count: int, data_dir: str | None, progre
             data = find_tested(work.config, group, backbone, data_dir)
             _check_unchanged(data, work, first)
             galleries.append(_GroupGallery(work, group, first, data, backbone, progress).gallery(count))
-        except (UserError, OSError) as error:
+        # A configuration that says something else than an experiment wrote is met where it is used.
+        except (UserError, OSError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             hidden.setdefault(str(error), []).append(group or "the test split")
     if hidden:
         problems = (f"No examples of {', '.join(groups)} are shown: {error}." for error, groups in hidden.items())
@@ -260,8 +262,7 @@ def aligned(found: Mapping[str, Found]) -> dict[str, Found]:
 
 
 def _stored(run: Run, name: str) -> Found:
-    with np.load(run.folder / name) as stored:
-        return dict(stored)
+    return load_arrays(run.folder / name)
 
 
 def _four(example: Mapping[str, Any]) -> list[Pair]:

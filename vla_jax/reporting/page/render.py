@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,14 @@ from markupsafe import Markup
 from PIL import Image
 
 import vla_jax
+from vla_jax.foreign import read_bytes
+from vla_jax.redaction import redacted
 from vla_jax.reporting.page.charts import curve_charts, dot_charts
 from vla_jax.reporting.page.shown import Gallery
 from vla_jax.reporting.page.workdir import WorkDirectory, flattened
+
+MOST_FIGURE_BYTES = 1 << 26
+"""Of a figure, which stands in the page."""
 
 _ASSETS = Path(vla_jax.__file__).parent / "assets" / "page"
 _SMALL = 128  # pixels along a side, up to which pictures are kept exactly
@@ -44,10 +49,13 @@ def page(work: WorkDirectory, galleries: Sequence[Gallery]) -> str:
             missing=work.missing(),
             charts={table.stem: dot_charts(table) for table in work.tables},
             curves=[(group, charts) for group in groups if (charts := curve_charts(work, group))],
-            figures=[(path.stem.replace("_", " "), _data_url(path.read_bytes(), "png")) for path in work.figures],
-            facts=_facts(work),
-            config=list(flattened(work.config)),
-            versions=list(flattened(work.versions)),
+            figures=[
+                (path.stem.replace("_", " "), _data_url(read_bytes(path, MOST_FIGURE_BYTES), "png"))
+                for path in work.figures
+            ],
+            facts=[(name, redacted(value)) for name, value in _facts(work)],
+            config=_shown(work.config),
+            versions=_shown(work.versions),
             style=Markup((_ASSETS / "style.css").read_text(encoding="utf-8")),
             script=Markup(script),
             # A script that data brought along has another digest, and would not be run.
@@ -56,6 +64,11 @@ def page(work: WorkDirectory, galleries: Sequence[Gallery]) -> str:
             pictures=_Pictures(),
         )
     )
+
+
+def _shown(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Settings by their paths; an address in them may hold somebody's credentials."""
+    return [(redacted(name), redacted(value)) for name, value in flattened(settings)]
 
 
 def _environment() -> jinja2.Environment:
@@ -133,12 +146,13 @@ def _data_url(content: bytes, kind: str) -> str:
 def _facts(work: WorkDirectory) -> list[tuple[str, str]]:
     """What the reader wants to know first; what is not written down is left out."""
     config, versions = work.config, work.versions
-    budget = config.get("budget", {})
-    seeds = budget.get("seeds", [])
+    budget = config["budget"] if isinstance(config.get("budget"), Mapping) else {}
+    seeds = budget["seeds"] if isinstance(budget.get("seeds"), list) else []
+    counted = all(isinstance(budget.get(name), int) for name in ("steps", "batch_size"))
     facts = {
         "work directory": work.folder.resolve().name,
         "backbone": config.get("backbone", ""),
-        "training": f"{budget['steps']:,} steps of {budget['batch_size']} examples" if "steps" in budget else "",
+        "training": f"{budget['steps']:,} steps of {budget['batch_size']} examples" if counted else "",
         "seed" if len(seeds) == 1 else "seeds": ", ".join(map(str, seeds)),
         "device": f"{versions['device']}, {versions.get('devices', 1)} used" if "device" in versions else "",
         "vla_jax": f"commit {str(versions['commit'])[:12]}" if versions.get("commit") else versions.get("vla_jax", ""),

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from vla_jax.errors import UserError
+from vla_jax.foreign import read_bytes
+
+MOST_TABLE_BYTES = 1 << 24
+"""Of a table that people read, and of the numbers behind it."""
 
 _CELLS = re.compile(r"(?<!\\)\|")
 _RULE = re.compile(r"\|(\s*:?-+:?\s*\|)+")
@@ -81,13 +88,15 @@ def results_first(path: Path) -> tuple[bool, str]:
 
 
 def _read(path: Path) -> PageTable | None:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _text(path).splitlines()
     rule = next((place for place, line in enumerate(lines) if _RULE.fullmatch(line.strip())), 0)
     if rule == 0:
         return None
     title = next((line.strip("* ") for line in lines[: rule - 1] if line.startswith("**")), "")
     headings = _cells(lines[rule - 1])
     numeric = tuple(cell.endswith(":") for cell in _cells(lines[rule]))
+    if len(numeric) != len(headings):
+        return None
     body = [_cells(line) for line in lines[rule + 1 :] if line.lstrip().startswith("|")]
     body = [cells for cells in body if len(cells) == len(headings)]
     behind = _numbers(path.with_suffix(".csv"), len(body), len(headings))
@@ -118,8 +127,10 @@ def _numbers(path: Path, rows: int, columns: int) -> list[list[tuple[float | Non
     """Value, low and high of every cell; None if the file is not there, or is not that of the same table."""
     if not path.is_file():
         return None
-    with path.open(newline="", encoding="utf-8") as file:
-        head, *body = list(csv.reader(file)) or [[]]
+    try:
+        head, *body = list(csv.reader(io.StringIO(_text(path), newline=""))) or [[]]
+    except csv.Error as error:
+        raise UserError(f"{path} is damaged: {error}; mend or delete it") from error
     starts, place = [], 0
     while place < len(head):
         span = head[place + 1 : place + 3] == [f"{head[place]}_low", f"{head[place]}_high"]
@@ -134,6 +145,13 @@ def _numbers(path: Path, rows: int, columns: int) -> list[list[tuple[float | Non
         ]
         for line in body
     ]
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path, MOST_TABLE_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}; mend or delete it") from error
 
 
 def _float(text: str) -> float | None:

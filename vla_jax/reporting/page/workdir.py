@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,10 +10,14 @@ from typing import Any
 
 from vla_jax.catalogue import METHODS
 from vla_jax.errors import UserError
+from vla_jax.foreign import MOST_JSON_BYTES, parse_json, read_bytes
 from vla_jax.model import MODALITIES
 from vla_jax.reporting.page.tables import PageTable, read_tables, results_first
 from vla_jax.reporting.table import read_rows
 from vla_jax.training.metrics import read_records
+
+MOST_LOG_BYTES = 1 << 30
+"""Of what a run logged; a step takes some hundred bytes."""
 
 _RUN = re.compile(r"runs/(?:(?P<group>.+)/)?(?P<variant>[^/]+)/learning_rate_(?P<rate>[^/]+)/seed_(?P<seed>\d+)")
 
@@ -47,7 +50,7 @@ class Run:
     @property
     def modalities(self) -> tuple[str, ...]:
         """What its model was shown."""
-        return tuple(_mapping(self.settings.get("model")).get("modalities", MODALITIES))
+        return tuple(_list(_mapping(self.settings.get("model")).get("modalities")) or MODALITIES)
 
     @property
     def last_step(self) -> int:
@@ -88,7 +91,7 @@ class WorkDirectory:
     @property
     def groups(self) -> tuple[str, ...]:
         """What runs were trained for, in the order of the configuration's tasks, else of the folders."""
-        tasks = [str(task) for task in self.config.get("tasks", ())]
+        tasks = [str(task) for task in _list(self.config.get("tasks"))]
         found = dict.fromkeys(run.group for run in self.runs)
         return tuple(sorted(found, key=lambda group: tasks.index(group) if group in tasks else len(tasks)))
 
@@ -117,7 +120,7 @@ class WorkDirectory:
         return found + list(self._unfinished())
 
     def _unfinished(self) -> Iterator[str]:
-        seeds = _mapping(self.config.get("budget")).get("seeds") or [0]
+        seeds = _list(_mapping(self.config.get("budget")).get("seeds")) or [0]
         for group in self.groups:
             for variant, runs in self.of_group(group).items():
                 if not any(run.rate for run in runs):
@@ -147,6 +150,7 @@ def read_work_directory(folder: str | Path) -> WorkDirectory:
             f"{folder} is no work directory: it has none of {', '.join(parts)}; give the --workdir of an experiment"
         )
     titles = {}
+    check_size(folder / "results.jsonl")
     for row in read_rows(folder / "results.jsonl"):
         if isinstance(row.get("name"), str):
             titles[row["name"]] = str(row.get("variant", row["name"]))
@@ -182,8 +186,11 @@ def _run(folder: Path, path: Path) -> Run:
     place = path.parent
     settings = _json(place / "settings.json")
     try:
-        records = tuple(record for record in read_records(path) if "step" in record)
-    except json.JSONDecodeError as error:
+        check_size(path)
+        records = tuple(record for record in read_records(path) if _is_record(record))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is damaged: {error}; mend or delete it") from error
     relative = place.relative_to(folder).as_posix()
     found = _RUN.fullmatch(relative)
@@ -201,9 +208,26 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return _mapping(parse_json(read_bytes(path, MOST_JSON_BYTES)))
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; mend or delete it") from error
+
+
+def check_size(path: Path) -> None:
+    """Refuses a file of lines that is too large to be read as a whole."""
+    if path.is_file() and path.stat().st_size > MOST_LOG_BYTES:
+        raise UserError(f"{path} has over {MOST_LOG_BYTES:,} bytes; is it what an experiment wrote?")
+
+
+def _is_record(record: Any) -> bool:
+    step = record.get("step") if isinstance(record, Mapping) else None
+    return isinstance(step, int | float) and abs(step) < 1 << 53
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def _mapping(value: Any) -> dict[str, Any]:
