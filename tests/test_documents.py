@@ -45,3 +45,15 @@ def test_documents_have_commands() -> None:
     found = _commands()
     assert {"README.md", "tpu.md", "running.md"} <= {document for document, _ in found}
     assert len(found) >= 10
+
+
+def test_the_memory_arithmetic_is_what_its_script_says(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import memory
+
+    clip, decoder = memory.models()
+    assert (decoder.parameters, decoder.trained) == (6_738_415_616, 32 * 2 * 16 * 2 * 4096)
+    assert clip.trained == 16 * 4 * (32 * 1280 + 24 * 1024)
+    assert clip.activations == 2 * (32 * 257 * 1280 + 24 * 77 * 1024)
+    table = memory.section([{"rows": memory.rows([clip, decoder])}])
+    assert table in (ROOT / "docs" / "scaling.md").read_text()

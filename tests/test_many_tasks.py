@@ -13,7 +13,7 @@ from vla_jax import names
 from vla_jax.backbones.clip import CLIPOutput
 from vla_jax.data.cached import ArraySource, as_rows
 from vla_jax.errors import UserError
-from vla_jax.many_tasks import ManyTasks, Sent, apart, as_one
+from vla_jax.many_tasks import ManyTasks, Sent, apart, as_one, own_fields
 from vla_jax.tasks.classification import Classification, ZeroShotClassification
 from vla_jax.tasks.grounding import BoxPrediction
 from vla_jax.tasks.matching import Matching
@@ -114,11 +114,16 @@ def test_results_are_those_of_each_task_by_itself():
     found = jax.tree.map(np.asarray, jax.jit(MANY.predict)(heads, output, batch))
     found["index"] = np.arange(len(task))
     told = MANY.finish(found)
-    assert set(told) == {"task", "index", "correct"}
+    assert {name for name in told if "/" not in name} == {"task", "index", "correct"}
     for number, (name, own) in enumerate(ALONE.items()):
         rows = _rows_of(number, (output, batch), task)
-        expected = own.finish(jax.tree.map(np.asarray, jax.jit(own.predict)(heads[name], *rows)))["correct"]
-        np.testing.assert_array_equal(told["correct"][task == number], expected)
+        expected = own.finish(jax.tree.map(np.asarray, jax.jit(own.predict)(heads[name], *rows)))
+        np.testing.assert_array_equal(told["correct"][task == number], expected["correct"])
+        fields = own_fields(name, told)
+        assert set(fields) == set(expected)
+        for field, values in fields.items():
+            np.testing.assert_allclose(values[task == number], expected[field], rtol=1e-5, err_msg=f"{name}/{field}")
+            assert not np.any(values[task != number])
     assert 0 < told["correct"].mean() < 1
 
 
@@ -160,11 +165,15 @@ def test_examples_may_be_sent_elsewhere_and_keep_their_task():
 def test_results_are_told_apart_with_places_in_the_tasks_own_sources():
     index = np.array([[0, 2, 3, 4, 5]] * 2)  # the second example cannot be read
     correct = np.array([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]], bool)
-    told = apart(_parts(), {"task": np.array([[0, 0, 1, 1, 1]] * 2), "index": index, "correct": correct}, "test")
+    iou = np.linspace(0, 1, 10).reshape(2, 5)
+    found = {"task": np.array([[0, 0, 1, 1, 1]] * 2), "index": index, "correct": correct, "regions/iou": iou}
+    told = apart(_parts(), found, "test")
     assert told["pairs"]["index"].tolist() == [[0, 2]] * 2
     assert told["regions"]["index"].tolist() == [[0, 1, 2]] * 2
     np.testing.assert_array_equal(told["pairs"]["correct"], correct[:, :2])
     np.testing.assert_array_equal(told["regions"]["correct"], correct[:, 2:])
+    np.testing.assert_array_equal(told["regions"]["iou"], iou[:, 2:])
+    assert set(told["pairs"]) == {"index", "correct"}
 
 
 def test_a_task_alone_and_tasks_without_data_come_out_as_well():

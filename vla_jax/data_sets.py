@@ -173,7 +173,7 @@ def _own_labels(own: Own, setup: Setup) -> Labels:
             for split, source in own.splits.items()
         }
         return answer_labels(answers, setup)
-    return Labels(own.classes)
+    return Labels(own.classes, two_pictures=own.two_pictures)
 
 
 def _scene_labels(kind: str) -> Labels:

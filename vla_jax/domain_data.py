@@ -135,6 +135,30 @@ def domain_task(name: str) -> Classification:
     return Classification(name, len(describe(name).classes))
 
 
+def domain_pictures(name: str, split: str, sizes: DomainSizes, size: int) -> list[Mapping[str, Any]]:
+    """The pictures of a split as they are, with ``image`` and ``label``, as many of each class.
+
+    Args:
+        name: one of :data:`DOMAINS`.
+        split: one of :data:`SPLITS`.
+        sizes: the most that splits may have.
+        size: of pictures that are drawn, in pixels.
+
+    Raises:
+        UserError: if there is no such domain, or the split has none of some class.
+    """
+    known = describe(name)
+    classes = len(known.classes)
+    examples = known.examples(split, size, sizes)
+    labels = np.array([example["label"] for example in examples], np.int64)
+    each = min(np.bincount(labels, minlength=classes).min(), getattr(sizes, split) // classes)
+    if each < 1:
+        raise UserError(
+            f"the {split} split of {name!r} cannot have a picture of each of {classes} classes; raise sizes.{split}"
+        )
+    return [examples[place] for place in draw_shots(labels, each, seed=0)]
+
+
 def domain(name: str, sizes: DomainSizes, backbone: Backbone) -> Domain:
     """A domain with its pictures in memory, which are few; the first use may build a data set.
 
@@ -147,20 +171,12 @@ def domain(name: str, sizes: DomainSizes, backbone: Backbone) -> Domain:
         UserError: if there is no such domain, or a split has none of some class.
     """
     known = describe(name)
-    size, classes = backbone.config.image_size, len(known.classes)
     tokenize = Tokenize(backbone.tokenizer, backbone.config.context_length)
     transform = TransformExample(Preprocess(backbone.image_processor), tokenize, text_key=None, label_key="label")
     splits: dict[str, ArraySource] = {}
     for split in SPLITS:
-        examples = known.examples(split, size, sizes)
-        labels = np.array([example["label"] for example in examples], np.int64)
-        each = min(np.bincount(labels, minlength=classes).min(), getattr(sizes, split) // classes)
-        if each < 1:
-            raise UserError(
-                f"the {split} split of {name!r} cannot have a picture of each of {classes} classes; raise sizes.{split}"
-            )
-        chosen = draw_shots(labels, each, seed=0)
-        splits[split] = ArraySource(stack([transform(examples[place]) for place in chosen]))
+        pictures = domain_pictures(name, split, sizes, backbone.config.image_size)
+        splits[split] = ArraySource(stack([transform(example) for example in pictures]))
     by_name = None
     if known.named:
         by_name = ZeroShotClassification.of_names(f"{name}_by_name", known.classes, CLASS_TEMPLATES, tokenize)

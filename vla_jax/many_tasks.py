@@ -75,14 +75,23 @@ class ManyTasks:
         return found
 
     def finish(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Whether each example is right, by the rule of its own task; ``task`` and ``index`` as they were."""
-        correct = np.zeros(len(found["task"]), bool)
+        """Whether each example is right, by the rule of its own task; ``task`` and ``index`` as they were.
+
+        What else a task tells of its examples is ``<task>/<field>``, zero for those of other tasks.
+        """
+        told = {name: found[name] for name in ("task", "index") if name in found}
+        told["correct"] = np.zeros(len(found["task"]), bool)
         for number, task in enumerate(self.tasks):
-            rows, prefix = found["task"] == number, f"{task.name}/"
-            own = {name.removeprefix(prefix): found[name][rows] for name in found if name.startswith(prefix)}
-            if rows.any():
-                correct[rows] = task.finish(own)["correct"]
-        return {name: found[name] for name in ("task", "index") if name in found} | {"correct": correct}
+            rows = found["task"] == number
+            if not rows.any():
+                continue
+            own = {name: values[rows] for name, values in own_fields(task.name, found).items()}
+            for name, values in task.finish(own).items():
+                whole = np.zeros((len(rows), *values.shape[1:]), values.dtype)
+                whole[rows] = values
+                told[f"{task.name}/{name}"] = whole
+            told["correct"] |= told[f"{task.name}/correct"]
+        return told
 
     def _rows(self, batch: Batch) -> list[tuple[Task, dict[str, jax.Array]]]:
         """The batch as each task sees it: other tasks' rows do not count, and their labels mean nothing."""
@@ -154,19 +163,25 @@ def apart(parts: Mapping[str, TaskData], found: Mapping[str, np.ndarray], split:
 
     Args:
         parts: as they were put together.
-        found: predictions with ``index``, ``task`` and others, each ``[seeds, examples]``.
+        found: predictions as :meth:`ManyTasks.finish` makes them, each ``[seeds, examples, ...]``.
         split: which they are of.
 
     Returns:
-        The same fields by task, with ``index`` the examples' places in the task's own source.
+        The task's own fields by task, with ``index`` the examples' places in the task's own source.
     """
     start, told = 0, {}
     for number, (name, part) in enumerate(parts.items()):
         own = found["task"][0] == number
-        rows = {field: values[:, own] for field, values in found.items() if field != "task"}
+        fields = {field: found[field] for field in ("index", "correct")} | own_fields(name, found)
+        rows = {field: values[:, own] for field, values in fields.items()}
         told[name] = rows | {"index": rows["index"] - start}
         start += len(part.splits[split])
     return told
+
+
+def own_fields(task: str, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What is told of the examples of one of several tasks, by the task's own names of fields."""
+    return {name.removeprefix(f"{task}/"): values for name, values in found.items() if name.startswith(f"{task}/")}
 
 
 def _blank(parts: Mapping[str, TaskData]) -> Row:

@@ -134,7 +134,8 @@ class Sharing:
 
     Attributes:
         backbone: the backbone.
-        parts: the tasks with their data, by name; without splits they can be counted but not trained.
+        parts: the tasks with their data, by name; without splits they can be counted but not trained. All have as many
+            training examples; where one has fewer validation examples, it counts less in the choice of learning rates.
         adapter: the bottleneck that sits on every block's MLP.
         budget: what every way gets; ``batch_size`` is that of all tasks together.
         rates: by pace, the learning rates from which one is chosen on validation data.
@@ -162,11 +163,10 @@ class Sharing:
             )
         if self.budget.steps < 2:
             raise UserError("steps must be at least 2: AdapterFusion has two stages")
-        for split in ("train", "validation", "test"):
-            sizes = {name: len(part.splits[split]) for name, part in self.parts.items() if split in part.splits}
-            if len(set(sizes.values())) > 1:
-                told = ", ".join(f"{name} has {size:,}" for name, size in sizes.items())
-                raise UserError(f"tasks need equally many {split} examples; {told}. Ask for as many as all have")
+        sizes = {name: len(part.splits["train"]) for name, part in self.parts.items() if "train" in part.splits}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name} has {size:,}" for name, size in sizes.items())
+            raise UserError(f"tasks need equally many train examples; {told}. Ask for as many as all have")
 
     def tables(self, name: str) -> list[ResolvedTable]:
         """What is trained in a way: a table for each model or stage; nothing is computed."""

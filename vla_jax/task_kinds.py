@@ -207,4 +207,5 @@ def _fields(source: Source) -> Mapping[str, Any]:
 def annotation(source: Source, index: int) -> Mapping[str, Any]:
     """What is said in an example, without its pictures."""
     read = getattr(source, "annotation", source.__getitem__)
-    return {name: value for name, value in read(index).items() if not name.startswith("image") or name == "image_id"}
+    fields = read(index)
+    return {name: fields[name] for name in fields if not name.startswith("image") or name.startswith("image_id")}

@@ -9,9 +9,9 @@ import numpy as np
 
 from vla_jax.backbones.loading import Backbone
 from vla_jax.data.cached import Chosen
-from vla_jax.data_sets import Data, Generated, find, splits_of
+from vla_jax.data_sets import Data, Found, Generated, find, splits_of
 from vla_jax.errors import unknown
-from vla_jax.task_kinds import Setup, data_of_kind, task_of_kind
+from vla_jax.task_kinds import Labels, Setup, data_of_kind, task_of_kind
 from vla_jax.variants import TaskData
 
 
@@ -61,6 +61,21 @@ def member_data(
     Raises:
         UserError: if there is no such task, or too few examples.
     """
+    data, found, setup = _find(name, sizes, text_length, data_dir)
+    if not read:
+        return TaskData(task_of_kind(found.kind, found.labels, setup, backbone), {}, None)
+    splits = splits_of(data, found, backbone)
+    if len(splits["train"]) < sizes.train:
+        splits["train"] = Chosen(splits["train"], np.arange(sizes.train) % len(splits["train"]))
+    return data_of_kind(found.kind, found.labels, setup, backbone, splits)
+
+
+def member_labels(name: str, sizes: Generated, text_length: int, data_dir: str) -> Labels:
+    """What the head of a task of the set chooses from; for the arguments see :func:`member_data`."""
+    return _find(name, sizes, text_length, data_dir)[1].labels
+
+
+def _find(name: str, sizes: Generated, text_length: int, data_dir: str) -> tuple[Data, Found, Setup]:
     if name not in TASKS:
         raise unknown("task", name, TASKS)
     member = TASKS[name]
@@ -68,10 +83,4 @@ def member_data(
     slices = {f"{split}_split": f"{split}[:{min(size, there[split])}]" for split, size in asked.items()}
     data = Data(name=member.data, generated=sizes, data_dir=data_dir, **slices)
     setup = Setup(text_length=text_length)
-    found = find(data, member.kind, setup)
-    if not read:
-        return TaskData(task_of_kind(member.kind, found.labels, setup, backbone), {}, None)
-    splits = splits_of(data, found, backbone)
-    if len(splits["train"]) < sizes.train:
-        splits["train"] = Chosen(splits["train"], np.arange(sizes.train) % len(splits["train"]))
-    return data_of_kind(member.kind, found.labels, setup, backbone, splits)
+    return data, find(data, member.kind, setup), setup

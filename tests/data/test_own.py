@@ -65,6 +65,35 @@ def test_every_file_and_task_is_read_back(task, suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
+def test_texts_about_two_pictures(suffix, tmp_path):
+    names = pictures(tmp_path, 60)
+    pairs = [(names[number], names[(7 * number + 1) % 60]) for number in range(60)]
+    told = [{"first": a, "second": b, "text": f"{a} {b}", "label": n % 2} for n, (a, b) in enumerate(pairs)]
+    columns = Columns(image="first", image_1="second")
+    data = OwnData(str(write(tmp_path / f"rows.{suffix}", told)), columns=columns, validation_share=0.3, test_share=0.3)
+    own = load_own(data)
+    assert (own.task, own.two_pictures) == ("matching", True)
+    where = {}
+    for split, source in own.splits.items():
+        for index in range(len(source)):
+            example = source[index]
+            given = [example["image_id"], example["image_id_1"]]
+            assert "image" not in example
+            assert [example["image_0"], example["image_1"]] == [(tmp_path / name).read_bytes() for name in given]
+            assert example["text"] == " ".join(given)
+            where |= {(name, split): None for name in given}
+    assert own.summary.pictures == 60
+    assert own.summary.shared == sum(len({s for n, s in where if n == name}) > 1 for name in names) > 0
+    # The first picture decides: in a file with it alone, every row is in the same split.
+    alone = [{"image": row["first"], "text": row["text"], "label": row["label"]} for row in told]
+    other = load_own(dataclasses.replace(data, path=str(write(tmp_path / "alone.jsonl", alone)), columns=Columns()))
+    assert not other.two_pictures
+    for split, source in own.splits.items():
+        texts = [source.annotation(index)["text"] for index in range(len(source))]
+        assert texts == [other.splits[split].annotation(index)["text"] for index in range(len(source))]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_sources_are_read_from_threads_and_after_pickling(suffix, tmp_path):
     names = pictures(tmp_path, 40)
     path = write(tmp_path / f"rows.{suffix}", [{"image": n, "text": f"says {n}", "label": 1} for n in names])

@@ -104,6 +104,21 @@ def test_every_problem_is_found_at_its_line(task, folder):
     assert problems(write(folder / "good.jsonl", good(task)), task)[0] == []
 
 
+def test_a_second_picture_is_looked_at_as_the_first_is(folder):
+    rows = [row | {"image_1": f"{59 - number}.png"} for number, row in enumerate(good("matching"))]
+    assert problems(write(folder / "good.jsonl", rows))[0] == []
+    bad = {3: ("path", "../secret.png"), 5: ("missing picture", "none.png"), 8: ("unreadable picture", "torn.png")}
+    for line, (_, name) in bad.items():
+        rows[line - 1] |= {"image_1": name}
+    rows[9] |= {"image": "none.png", "image_1": "none.png"}
+    del rows[11]["image_1"]
+    found, summary = problems(write(folder / "rows.jsonl", rows))
+    expected = [(line, kind) for line, (kind, _) in bad.items()] + [(10, "missing picture")] * 2 + [(12, "column")]
+    assert [(problem.line, problem.kind) for problem in found] == expected
+    assert "there is nothing in the column 'image_1'" in found[-1].message
+    assert (summary.bad, sum(summary.splits.values())) == (5, 55)
+
+
 def test_lines_are_counted_as_an_editor_counts_them(folder):
     rows = good("matching")
     lines = [json.dumps(row) for row in rows]

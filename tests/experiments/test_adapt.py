@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 
@@ -66,6 +67,20 @@ def of(config, folder, task, **changes):
 
 def predictions(workdir, split="test"):
     return [json.loads(line) for line in (workdir / f"predictions_{split}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_texts_about_two_pictures_train_too(config, folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "matching.jsonl").read_text().splitlines()]
+    told = [row | {"image_1": other["image"], "text": "one of them is red"} for row, other in itertools.pairwise(rows)]
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in told))
+    data = dataclasses.replace(config.data, path=str(path), images=str(folder))
+    run(dataclasses.replace(config, data=data), tmp_path / "run")
+    for line in predictions(tmp_path / "run"):
+        first, second = (int(line["example"][name].partition(".")[0]) for name in ("image_id", "image_id_1"))
+        assert second == first + 1
+        assert line["correct"] == ((line["score"] > 0) == bool(line["example"]["label"]))
 
 
 @pytest.mark.parametrize("task", [pytest.param(task, marks=pytest.mark.slow) for task in MEASURES])

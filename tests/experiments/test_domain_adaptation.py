@@ -11,9 +11,13 @@ import pytest
 from experiments.domain_adaptation import PRESETS, Config, check, run, variants
 from vla_jax import comparison, names
 from vla_jax.backbones.loading import abstract_backbone
+from vla_jax.data.scenes.vocabulary import SHAPES
 from vla_jax.domain_data import DomainSizes
 from vla_jax.errors import UserError
 from vla_jax.evaluation.forgetting import OldDomain
+from vla_jax.reporting.page.gallery import make_galleries
+from vla_jax.reporting.page.workdir import read_work_directory
+from vla_jax.training.metrics import run_record
 from vla_jax.variants import Budget
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -74,6 +78,13 @@ def test_a_small_run_ends_in_tables_and_the_same_rows_again(config, tmp_path, mo
 
     def nothing_again(*_, **__):
         raise AssertionError("what was finished was done again")
+
+    run_record(tmp_path, config)
+    (gallery,) = make_galleries(read_work_directory(tmp_path), 3, None, lambda text: None)
+    assert (gallery.group, gallery.problems) == (f"shifted_scenes/labels_{most}", ())
+    for example in (example for shelf in gallery.examples for example in shelf.shown):
+        (shape,) = {answer.said for answer in example.answers if answer.right} or {example.truth}
+        assert shape == example.truth == SHAPES[example.place // 4]  # four of each, in the order of shapes
 
     monkeypatch.setattr(comparison, "fit", nothing_again)
     monkeypatch.setattr(OldDomain, "features", nothing_again)

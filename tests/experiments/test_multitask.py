@@ -20,14 +20,20 @@ from vla_jax.data_sets import Generated
 from vla_jax.errors import UserError
 from vla_jax.many_tasks import as_one
 from vla_jax.model import AdaptedModel
+from vla_jax.reporting.page.gallery import make_galleries
+from vla_jax.reporting.page.maps import HeatMaps
+from vla_jax.reporting.page.workdir import read_work_directory
 from vla_jax.task_set import member_data
-from vla_jax.training.checkpoint import load_adapters
+from vla_jax.tasks.grounding import heat_map
+from vla_jax.training.checkpoint import load_adapters, save_adapters
+from vla_jax.training.metrics import run_record
 from vla_jax.training.sharding import make_mesh
 from vla_jax.variants import Budget
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TASKS, WAYS, TEST = ("grounding", "statements"), ("each", "fusion", "full"), 12
+_FOLDERS = {"each": "each/each", "fusion": "fusion/second/fusion"}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,7 @@ def _on_one_device():
 @pytest.fixture(scope="module")
 def trained(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
+    run_record(folder, config)
     return folder, {row["name"]: row for row in run(config, folder)}
 
 
@@ -70,7 +77,7 @@ def _by_task(folder, name: str) -> dict[str, np.ndarray]:
     """Which test examples of each task a way has right, from the files of its runs."""
     if name == "full":
         return {task: _stored(folder, f"full/{task}/full")["correct"] for task in TASKS}
-    found = _stored(folder, {"fusion": "fusion/second/fusion"}.get(name, f"{name}/{name}"))
+    found = _stored(folder, _FOLDERS[name])
     return {task: found["correct"][found["task"] == number] for number, task in enumerate(TASKS)}
 
 
@@ -122,6 +129,17 @@ def test_the_second_stage_weighs_the_adapters_of_the_first_as_they_were(config, 
     assert value.shape == (2, 2, 16, 16)  # layers, tasks
     assert 0 < np.abs(value - np.eye(16)).max() < 0.1  # it has learnt, from the identity on
 
+    model, params, data = _fused(config, first, second)
+    source = data.splits["test"]
+    rows = [data.transform(source[index], None) for index in range(len(source))]
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    found = data.task.finish(jax.tree.map(np.asarray, jax.jit(model.predict)(params, batch)))
+    stored = _stored(folder, "fusion/second/fusion")
+    np.testing.assert_array_equal(found["correct"], stored["correct"])
+
+
+def _fused(config, first, second):
+    """AdapterFusion's model with its parameters and data, of what both stages have trained."""
     backbone = load_backbone(config.backbone)
     towers, tasks = backbone.config.towers, {task: _data(config, task, backbone) for task in TASKS}
     placed = Placement(Bottleneck(reduction=4, parallel=True, scale=4.0), slots=("mlp_out",), tasks=TASKS)
@@ -130,13 +148,53 @@ def test_the_second_stage_weighs_the_adapters_of_the_first_as_they_were(config, 
     data = as_one(tasks)
     model = AdaptedModel(backbone, data.task, plan.placements)
     children = {name: leaf for name, leaf in names.flatten({"adapters": begun}).items() if "/fuse/" not in name}
-    params = names.merge({"backbone": backbone.params}, names.unflatten(children), second)
+    return model, names.merge({"backbone": backbone.params}, names.unflatten(children), second), data
+
+
+@pytest.mark.slow
+def test_the_gallery_shows_what_every_way_says_of_the_examples_of_a_task(config, trained):
+    folder, _ = trained
+    galleries = make_galleries(read_work_directory(folder), 4, None, lambda text: None)
+    assert [gallery.group for gallery in galleries] == list(TASKS)
+    right = {way: _by_task(folder, way) for way in WAYS}
+    for number, gallery in enumerate(galleries):
+        assert gallery.problems == ()
+        shown = [example for shelf in gallery.examples for example in shelf.shown]
+        assert len(shown) == 4
+        for example in shown:
+            frozen, *answers = example.answers
+            assert [answer.title for answer in answers] == ["one adapter each", "AdapterFusion", "one full model each"]
+            for way, answer in zip(WAYS, answers, strict=True):
+                assert answer.right == right[way][gallery.group][example.place]
+                assert (answer.box is not None) == (gallery.group == "grounding")
+                assert np.shape(answer.heat) == np.shape(frozen.heat) == (1, 4, 4)
+                if gallery.group == "statements":
+                    score = _stored(folder, _FOLDERS.get(way, f"{way}/statements/{way}"))["statements/score"]
+                    place = example.place + (TEST * number if way != "full" else 0)
+                    assert answer.score.replace("\N{MINUS SIGN}", "-") == f"{score[place]:+.2f}"
+
+
+@pytest.mark.slow
+def test_maps_of_adapter_fusion_are_those_of_both_stages_together(config, trained, tmp_path):
+    folder, _ = trained
+    first, second = (next((folder / "runs/fusion" / at).glob("*/*/seed_0/adapters")) for at in ("first", "second"))
+    # One step leaves the up-projections at zero; these have learnt more.
+    begun, metadata = load_adapters(first)
+    generator, first = np.random.default_rng(0), tmp_path / "first"
+    noisy = jax.tree.map(lambda a: a + 0.3 * generator.standard_normal(a.shape, np.float32), begun)
+    save_adapters(first, noisy, metadata.identity, 1)
+    model, params, data = _fused(config, load_adapters(first)[0], load_adapters(second)[0])
     source = data.splits["test"]
-    rows = [data.transform(source[index], None) for index in range(len(source))]
+    examples = [source[TEST + place] for place in range(3)]  # statements, which are the second task
+    rows = [data.transform(example, None) for example in examples]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    found = data.task.finish(jax.tree.map(np.asarray, jax.jit(model.predict)(params, batch)))
-    stored = _stored(folder, "fusion/second/fusion")
-    np.testing.assert_array_equal(found["correct"], stored["correct"])
+    expected = jax.jit(lambda: heat_map(model.apply(params, batch)))()
+    pairs = [(example["image"], example["text"].decode()) for example in examples]
+    maps = HeatMaps(model.backbone, pairs, config.text_length, route=1)
+    np.testing.assert_allclose(maps.adapted(second, first).reshape(3, -1), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(maps.adapted(second, first) - maps.frozen()).max() > 1e-3
+    with pytest.raises(UserError, match=r"has no adapters/fusion/.*; were its adapters trained by another run\?"):
+        maps.adapted(second)
 
 
 def _data(config, task, backbone):

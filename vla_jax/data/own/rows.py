@@ -76,7 +76,14 @@ class RowReader:
         used = ["image", "split", "id", *(self.column(group) for group in TASKS[self.task])]
         if self.task == "classification":
             used.append("text")
+        if self.two_pictures:
+            used.append("image_1")
         return {name: self.columns[name] for name in used if name in self.columns}
+
+    @property
+    def two_pictures(self) -> bool:
+        """Whether texts are about two pictures."""
+        return self.task == "matching" and "image_1" in self.columns
 
     def column(self, group: tuple[str, ...]) -> str:
         """Which of alternative columns the task takes."""
@@ -89,13 +96,13 @@ class RowReader:
             values: by column of the file.
 
         Returns:
-            ``image_id``, the picture's path in the folder; ``class_name`` (whose number only the classes say), ``text``
-            and ``label`` 0 or 1, ``captions``, ``question`` and ``answers``, ``phrase`` and ``box``, by the task;
-            ``split`` and ``id`` where there are any.
+            ``image_id``, the picture's path in the folder, and ``image_id_1``, a second one's; ``class_name`` (whose
+            number only the classes say), ``text`` and ``label`` 0 or 1, ``captions``, ``question`` and ``answers``,
+            ``phrase`` and ``box``, by the task; ``split`` and ``id`` where there are any.
         """
         fields: dict[str, Any] = {}
         flaws: list[Flaw] = []
-        readers = [self._picture, *getattr(self, f"_{self.task}")()]
+        readers = [lambda values: {"image_id": self._picture(values, "image")}, *getattr(self, f"_{self.task}")()]
         if "split" in self.columns:
             readers.append(self._split)
         if "id" in self.columns:
@@ -120,6 +127,8 @@ class RowReader:
             yield lambda values: {"text": self._text(values, "text")}
 
     def _matching(self) -> Iterator[Any]:
+        if self.two_pictures:
+            yield lambda values: {"image_id_1": self._picture(values, "image_1")}
         yield lambda values: {"text": self._text(values, "text")}
         yield self._truth
 
@@ -235,9 +244,9 @@ class RowReader:
         _check_name("id", "column", value)
         return {"id": value}
 
-    def _picture(self, values: Mapping[str, Any]) -> dict[str, str]:
-        """The picture's path in the folder; it must not leave it."""
-        path = self._value(values, "image")
+    def _picture(self, values: Mapping[str, Any], name: str) -> str:
+        """A picture's path in the folder; it must not leave it."""
+        path = self._value(values, name)
         if not isinstance(path, str) or not path.strip() or len(path) > MOST_PATH or not printable(path):
             raise Flaw("path", f"the path of a picture is a text without control characters; got {shown(path)}")
         if "://" in path:
@@ -249,8 +258,8 @@ class RowReader:
         # The text alone counts: a link inside the folder, set by whoever owns it, may lead anywhere.
         path = os.path.normpath(path)
         if path == os.pardir or path.startswith(os.pardir + os.sep):
-            raise Flaw("path", f"the path {values[self.columns['image']]!r} leaves the folder {self.folder}")
-        return {"image_id": path}
+            raise Flaw("path", f"the path {values[self.columns[name]]!r} leaves the folder {self.folder}")
+        return path
 
 
 def _check_name(what: str, kind: Kind, name: str) -> None:

@@ -19,6 +19,7 @@ from vla_jax.data.own.settings import SPLITS, OwnData, task_of
 from vla_jax.data.own.tables import Parquet, Record, Table, open_table
 from vla_jax.errors import UserError
 
+_PICTURES = ("image_id", "image_id_1")
 _CHUNK = 256  # rows whose pictures are looked at together
 _MOST_CLASSES = 100_000
 
@@ -76,7 +77,7 @@ class Summary:
 class Scan:
     """Reads files of rows once.
 
-    Rows are read in chunks and forgotten; what is remembered of a row is a few numbers (38 bytes), so that memory does
+    Rows are read in chunks and forgotten; what is remembered of a row is a few numbers (46 bytes), so that memory does
     not grow with texts or pictures.
 
     Attributes:
@@ -137,7 +138,7 @@ class Scan:
         self._labels: dict[str, int] = {}
         self._named: set[str] = set()
         codes = {"file": "B", "line": "I", "start": "Q", "length": "I", "split": "b", "label": "i", "id": "Q"}
-        self._index = {name: array.array(code) for name, code in (codes | {"picture": "Q"}).items()}
+        self._index = {name: array.array(code) for name, code in (codes | {"picture": "Q", "second": "Q"}).items()}
 
     def problems(self, progress: Progress | None = None) -> Iterator[Problem]:
         """Every problem, as it is found: those of single rows in their order, then what only all rows together show.
@@ -188,7 +189,7 @@ class Scan:
             records = table.records()
             while chunk := list(itertools.islice(records, _CHUNK)):
                 read = [({}, []) if record.values is None else reader.read(record.values) for record in chunk]
-                looked = pictures.look(fields["image_id"] for fields, _ in read if "image_id" in fields)
+                looked = pictures.look(fields[name] for name in _PICTURES for fields, _ in read if name in fields)
                 for record, (fields, flaws) in zip(chunk, read, strict=True):
                     flaws = [*flaws, *self._further(split, reader, record, fields, looked)]
                     self._rows += 1
@@ -206,11 +207,11 @@ class Scan:
         """What is wrong with a row beside what it says."""
         if record.values is None:
             yield Flaw("row", f"the {self.tables[split].unit} {record.problem}")
-        found = looked.get(fields.get("image_id", ""))
-        if found is not None and found.flaw is not None:
-            yield found.flaw
-        elif found is not None and found.size and "box" in fields:
-            yield from reader.check_box(fields["box"], *found.size)
+        for found in (looked[fields[name]] for name in _PICTURES if name in fields):
+            if found.flaw is not None:
+                yield found.flaw
+            elif found.size and "box" in fields:
+                yield from reader.check_box(fields["box"], *found.size)
         said = fields.get("split", split)
         # Where a split has a file of its own, or the file is that of another: only the user knows which is right.
         if said != split and (split != "train" or said in self.tables):
@@ -226,6 +227,9 @@ class Scan:
                     f"{self.data.columns.label!r} that of the classes?"
                 )
             self._labels[label] = len(self._labels)
+        pictures = [
+            together.name_hash(f"{self._prefixes[split]}{fields[name]}") for name in _PICTURES if name in fields
+        ]
         noted = {
             "file": number,
             "line": record.line,
@@ -234,7 +238,8 @@ class Scan:
             "split": SPLITS.index(fields.get("split", split)) if good else -1,
             "label": self._labels[label] if good and label is not None else -1,
             "id": together.name_hash(fields["id"]) if "id" in fields else 0,
-            "picture": together.name_hash(f"{self._prefixes[split]}{fields['image_id']}") if good else 0,
+            "picture": pictures[0] if good else 0,
+            "second": pictures[-1] if good else 0,
         }
         for name, value in noted.items():
             self._index[name].append(value)

@@ -37,6 +37,7 @@ class Columns:
 
     Attributes:
         image: path of the picture, relative to the folder of pictures.
+        image_1: of matching, path of the second picture where a text is about two; ``image`` is the first then.
         text: a statement about the picture, or a text that stands beside it.
         caption: one caption.
         captions: a list of captions.
@@ -51,6 +52,7 @@ class Columns:
     """
 
     image: str = "image"
+    image_1: str = "image_1"
     text: str = "text"
     caption: str = "caption"
     captions: str = "captions"
@@ -91,7 +93,7 @@ class OwnData:
 
     Where there is neither a ``split`` column nor a file for a split, it is a share of the training pictures: each
     picture's name decides by itself where the picture goes, with all of its rows, so that rows that come or go move no
-    other.
+    other. Of two pictures the first decides; where no second one may stand in two splits either, give the column.
 
     Attributes:
         path: the file: ``.jsonl`` or ``.ndjson`` (one JSON object a line), ``.csv`` or ``.tsv`` with a header line,

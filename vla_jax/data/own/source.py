@@ -52,18 +52,23 @@ class OwnSource:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """An example: :meth:`annotation` and ``image``, the bytes of the picture's file.
+        """An example: :meth:`annotation` and ``image``, the bytes of the picture's file; or ``image_0``, ``image_1``.
 
         Raises:
             UserError: if the picture or the row has gone or changed since it was checked.
         """
         example = self.annotation(index)
-        path = self._readers[self._rows["file"][self._first(index)]].folder / example["image_id"]
+        if "image_id_1" not in example:
+            return example | {"image": self._picture(index, example["image_id"])}
+        first, second = (self._picture(index, example[name]) for name in ("image_id", "image_id_1"))
+        return example | {"image_0": first, "image_1": second}
+
+    def _picture(self, index: int, name: str) -> bytes:
+        path = self._readers[self._rows["file"][self._first(index)]].folder / name
         try:
-            image = read_picture(path)
+            return read_picture(path)
         except (OSError, UserError) as error:
             raise UserError(f"{self.place(index)}: the picture {path} cannot be read: {error}") from error
-        return example | {"image": image}
 
     def annotation(self, index: int) -> dict[str, Any]:
         """What the row says, or the rows of a picture say, without the picture; ``label`` is the class's number."""
@@ -79,6 +84,11 @@ class OwnSource:
         if "question" in fields and "id" in fields:
             fields["question_id"] = fields["id"]
         return fields
+
+    @property
+    def two_pictures(self) -> bool:
+        """Whether examples have two pictures."""
+        return self._readers[0].two_pictures
 
     def place(self, index: int) -> str:
         """The file and line of an example."""
@@ -131,6 +141,11 @@ class Own:
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of their numbers; empty but for classification."""
         return self.summary.classes
+
+    @property
+    def two_pictures(self) -> bool:
+        """Whether texts are about two pictures."""
+        return self.splits["train"].two_pictures
 
 
 def load_own(data: OwnData, task: str = "", progress: Progress | None = None) -> Own:

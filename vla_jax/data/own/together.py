@@ -10,7 +10,8 @@ import numpy as np
 from vla_jax.data.own.settings import SPLITS, OwnData
 
 Index = dict[str, np.ndarray]
-"""By name ``[rows]``: ``split`` (its place in SPLITS, -1 for a bad row), ``label``, ``id`` and ``picture`` (hashes)."""
+"""By name ``[rows]``: ``split`` (its place in SPLITS, -1 for a bad row), ``label``, and hashes: ``id``, ``picture`` and
+``second``, a row's second picture, or its only one again."""
 
 
 def name_hash(text: str) -> int:
@@ -50,6 +51,7 @@ def repeated(hashes: np.ndarray) -> list[tuple[int, int]]:
 def shared_pictures(index: Index) -> tuple[int, int]:
     """How many pictures good rows have, and how many of these stand in more than one split."""
     good = index["split"] >= 0
-    pairs = np.unique(np.stack([index["picture"][good], index["split"][good].astype(np.uint64)]), axis=1)
+    pictures = np.concatenate([index[name][good] for name in ("picture", "second")])
+    pairs = np.unique(np.stack([pictures, np.tile(index["split"][good].astype(np.uint64), 2)]), axis=1)
     _, splits = np.unique(pairs[0], return_counts=True)
     return len(splits), int((splits > 1).sum())

@@ -14,7 +14,9 @@ from vla_jax.data.quadruple_pairs import as_scores
 from vla_jax.errors import UserError
 from vla_jax.evaluation import winoground
 from vla_jax.foreign import load_arrays
+from vla_jax.many_tasks import own_fields
 from vla_jax.model import MODALITIES
+from vla_jax.reporting.page.compared import compared_runs
 from vla_jax.reporting.page.maps import HeatMaps, Pair
 from vla_jax.reporting.page.shown import Answer, Example, Gallery, Judgement, Quadruple, Shelf
 from vla_jax.reporting.page.tested import Tested, find_tested
@@ -41,11 +43,7 @@ def make_galleries(work: WorkDirectory, count: int, data_dir: str | None, progre
     galleries: list[Gallery] = []
     hidden: dict[str, list[str]] = {}
     backbone: Backbone | None = None
-    for group in work.groups:
-        runs = {variant: [run for run in runs if run.tested] for variant, runs in work.of_group(group).items()}
-        first = {variant: runs[0] for variant, runs in runs.items() if runs}
-        if not first:
-            continue
+    for group, runs in compared_runs(work).items():
         try:
             if "backbone" not in work.config:
                 raise UserError("config.json does not name the backbone")
@@ -54,8 +52,8 @@ def make_galleries(work: WorkDirectory, count: int, data_dir: str | None, progre
                 backbone = load_backbone(work.config["backbone"], dtype=work.config.get("storage"))
             progress(f"reading examples of {group or 'the test split'}")
             data = find_tested(work.config, group, backbone, data_dir)
-            _check_unchanged(data, work, first)
-            galleries.append(_GroupGallery(work, group, first, data, backbone, progress).gallery(count))
+            _check_unchanged(data, work, runs)
+            galleries.append(_GroupGallery(work, group, runs, data, backbone, progress).gallery(count))
         # A configuration that says something else than an experiment wrote is met where it is used.
         except (UserError, OSError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             hidden.setdefault(str(error), []).append(group or "the test split")
@@ -68,13 +66,17 @@ def make_galleries(work: WorkDirectory, count: int, data_dir: str | None, progre
 def _check_unchanged(data: Tested, work: WorkDirectory, runs: Mapping[str, Run]) -> None:
     """Refuses other examples than those that predictions were made for: they would stand beside the wrong pictures."""
     for run in runs.values():
-        count = run.settings.get("examples", {}).get("test", len(data.test))
-        if count != len(data.test):
-            raise UserError(
-                f"the test split had {count:,} examples when they were tested, and has {len(data.test):,} now"
-            )
+        count = tested_count(run, data)
+        now = {len(data.test)} if data.member is None else {len(data.test), data.member.every}
+        if count not in now:
+            raise UserError(f"the test split had {count:,} examples when they were tested, and has {max(now):,} now")
     if data.fingerprint != work.data.get("data", data.fingerprint):
         raise UserError("the data have changed since they were tested")
+
+
+def tested_count(run: Run, data: Tested) -> int:
+    """How many test examples a run was tested on, of all its tasks together."""
+    return run.settings.get("examples", {}).get("test", len(data.test))
 
 
 def shelves(right: np.ndarray, count: int) -> list[tuple[str, int, list[int]]]:
@@ -126,7 +128,7 @@ class _GroupGallery:
 
     def gallery(self, count: int) -> Gallery:
         """Everything that is shown of the group, so many examples and so many quadruples."""
-        found = aligned({variant: _stored(run, "test.npz") for variant, run in self.runs.items()})
+        found = aligned({variant: self._told(run) for variant, run in self.runs.items()})
         index = next(iter(found.values()))["index"]
         scores = self._scores()
         judged = {variant: winoground.outcomes(each) for variant, each in scores.items()}
@@ -158,6 +160,17 @@ class _GroupGallery:
             tuple(self.problems),
         )
 
+    def _told(self, run: Run) -> Found:
+        """What a run said of the examples of this group."""
+        found, member = load_arrays(run.folder / "test.npz"), self.data.member
+        if member is None:
+            return found
+        fields = {field: found[field] for field in ("index", "correct")} | own_fields(self.group, found)
+        if tested_count(run, self.data) < member.every:  # a model of the task's own
+            return fields
+        own = {field: values[found["task"] == member.number] for field, values in fields.items()}
+        return own | {"index": own["index"] - member.start}
+
     def _counted(self, right: Mapping[str, np.ndarray]) -> np.ndarray:
         """What is right, ``[variants, examples]``, of variants that see everything: controls are wrong too often."""
         whole = [each for variant, each in right.items() if set(self.runs[variant].modalities) == set(MODALITIES)]
@@ -169,7 +182,7 @@ class _GroupGallery:
         for variant, run in self.runs.items():
             if self.data.quadruples is None or not (run.folder / "quadruples.npz").is_file():
                 continue
-            found = _stored(run, "quadruples.npz")
+            found = load_arrays(run.folder / "quadruples.npz")
             if len(found["index"]) == 4 * len(self.data.quadruples):
                 scores[variant] = as_scores(found["score"][np.argsort(found["index"])], run.modalities)
             else:
@@ -184,7 +197,8 @@ class _GroupGallery:
     def _look(self) -> None:
         """Makes the maps of all pairs by all models."""
         self.progress(f"heat maps of the {FROZEN}")
-        maps = HeatMaps(self.backbone, self.pairs, self.data.text_length)
+        route = 0 if self.data.member is None else self.data.member.number
+        maps = HeatMaps(self.backbone, self.pairs, self.data.text_length, route)
         self.heat[FROZEN] = maps.frozen()
         for variant, run in self.runs.items():
             self.progress(f"heat maps of {self.titles[variant]}")
@@ -192,7 +206,7 @@ class _GroupGallery:
             if set(run.modalities) != set(MODALITIES):
                 continue
             try:
-                self.heat[variant] = maps.adapted(run.folder / "adapters")
+                self.heat[variant] = maps.adapted(run.folder / "adapters", run.begun and run.begun / "adapters")
             except UserError as error:
                 self.problems.append(f"{self.titles[variant]} has no heat maps: {error}.")
 
@@ -259,10 +273,6 @@ def aligned(found: Mapping[str, Found]) -> dict[str, Found]:
         rows = order[np.searchsorted(each["index"], np.sort(common), sorter=order)]
         together[name] = {field: values[rows] for field, values in each.items()}
     return together
-
-
-def _stored(run: Run, name: str) -> Found:
-    return load_arrays(run.folder / name)
 
 
 def _four(example: Mapping[str, Any]) -> list[Pair]:

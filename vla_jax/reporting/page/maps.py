@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from vla_jax import names
-from vla_jax.adapters import Placement
+from vla_jax.adapters import Placement, fuse, place
 from vla_jax.backbones.loading import Backbone
 from vla_jax.data.image import Preprocess
 from vla_jax.data.text import Tokenize
@@ -32,11 +32,12 @@ class HeatMaps:
     says what the towers have brought together, not what a head makes of it.
     """
 
-    def __init__(self, backbone: Backbone, pairs: Sequence[Pair], text_length: int):
+    def __init__(self, backbone: Backbone, pairs: Sequence[Pair], text_length: int, route: int = 0):
         """Args:
         backbone: the frozen backbone.
         pairs: what maps are made of.
         text_length: tokens a text; must hold the longest.
+        route: whose adapters pairs go through, in models that have them for several tasks.
         """
         self.backbone = backbone
         preprocess, tokenize = Preprocess(backbone.image_processor), Tokenize(backbone.tokenizer, text_length)
@@ -45,7 +46,7 @@ class HeatMaps:
             "image": np.stack([preprocess(picture) for picture, _ in pairs]),
             "tokens": np.stack(tokens),
             "text_mask": np.stack(mask),
-            "route": np.zeros(len(pairs), np.int32),
+            "route": np.full(len(pairs), route, np.int32),
         }
         self._frozen: np.ndarray | None = None
 
@@ -55,14 +56,15 @@ class HeatMaps:
             self._frozen = self._of(AdaptedModel(self.backbone, Matching()), {"backbone": self.backbone.params})
         return self._frozen
 
-    def adapted(self, folder: Path) -> np.ndarray | None:
+    def adapted(self, folder: Path, begun: Path | None = None) -> np.ndarray | None:
         """Maps of a trained model; None for one that is shown one modality alone.
 
         Args:
             folder: its trained leaves, as :func:`vla_jax.training.checkpoint.save_adapters` wrote them.
+            begun: those of the adapters that AdapterFusion's second stage weighs, and does not keep again.
 
         Raises:
-            UserError: if there are none, or they belong to another backbone.
+            UserError: if there are none, they belong to another backbone, or adapters are missing among them.
         """
         trained, metadata = load_adapters(folder)
         identity = metadata.identity
@@ -74,13 +76,25 @@ class HeatMaps:
             return self.frozen()
         placements = tuple(map(Placement.from_description, identity.adapters["placements"]))
         model = AdaptedModel(self.backbone, Matching(), placements)
-        # Parameters below frozen/ are not saved: the plan makes them from the backbone again.
-        needed = names.flatten({"adapters": model.plan.shapes()} if model.plan.groups else {})
-        leaves = names.flatten({"backbone": self.backbone.params}) | names.flatten(trained)
-        if needed.keys() - leaves.keys():
-            made = model.plan.init(jax.random.key(0), self.backbone.params)
-            leaves = names.flatten({"adapters": made}) | leaves
-        return self._of(model, names.unflatten(leaves))
+        leaves = names.flatten(trained)
+        if begun is not None:
+            leaves = self._fused(begun, placements) | leaves
+        missing = names.flatten({"adapters": model.plan.shapes()} if model.plan.groups else {}).keys() - leaves.keys()
+        if missing:
+            # Parameters below frozen/ are not saved: the plan makes them from the backbone again.
+            made = names.flatten({"adapters": model.plan.init(jax.random.key(0), self.backbone.params)})
+            if lacking := sorted(name for name in missing if "/frozen/" not in name):
+                raise UserError(f"{folder} has no {lacking[0]}; were its adapters trained by another run?")
+            leaves = {name: made[name] for name in missing} | leaves
+        return self._of(model, names.unflatten(names.flatten({"backbone": self.backbone.params}) | leaves))
+
+    def _fused(self, begun: Path, placements: Sequence[Placement]) -> dict[str, Any]:
+        """The leaves with which AdapterFusion's second stage began, by name."""
+        first, metadata = load_adapters(begun)
+        towers = self.backbone.config.towers
+        plan = place([Placement.from_description(each) for each in metadata.identity.adapters["placements"]], towers)
+        _, adapters = fuse(plan, first["adapters"], towers, jax.random.key(0), tasks=placements[0].tasks)
+        return names.flatten({"adapters": adapters})
 
     def _of(self, model: AdaptedModel, params: Mapping[str, Any]) -> np.ndarray:
         program = jax.jit(lambda params, batch: heat_map(model.apply(params, batch)))

@@ -7,11 +7,13 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from vla_jax import task_set
 from vla_jax.backbones.loading import Backbone
 from vla_jax.data.scenes import SceneConfig
 from vla_jax.data.sources import make_builder
 from vla_jax.data.stages import Source
-from vla_jax.data_sets import Data, find, splits_of
+from vla_jax.data_sets import Data, Generated, find, splits_of
+from vla_jax.domain_data import DomainSizes, describe, domain_pictures
 from vla_jax.errors import UserError
 from vla_jax.evaluation.scene_probe import SceneProbe
 from vla_jax.task_data import TASKS, Sizes, task_data, twin_pairs
@@ -19,6 +21,21 @@ from vla_jax.task_kinds import Setup
 
 T = TypeVar("T")
 Config = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A task's place among those that were trained together.
+
+    Attributes:
+        number: what ``task`` and ``route`` call it.
+        start: the place of its first test example among those of all tasks.
+        every: test examples of all tasks.
+    """
+
+    number: int
+    start: int
+    every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +49,7 @@ class Tested:
         quadruples: in Winoground's format, those whose four pairs were scored; None if there are none.
         text_length: tokens a text.
         fingerprint: of data that a user may change; empty where they cannot change.
+        member: of a task that was trained together with others; None for one that was not.
     """
 
     kind: str
@@ -40,6 +58,7 @@ class Tested:
     quadruples: Source | None = None
     text_length: int = 40
     fingerprint: str = ""
+    member: Member | None = None
 
 
 def find_tested(config: Config, group: str, backbone: Backbone, data_dir: str | None) -> Tested:
@@ -47,7 +66,7 @@ def find_tested(config: Config, group: str, backbone: Backbone, data_dir: str | 
 
     Args:
         config: the stored configuration.
-        group: what the runs were trained for, by their folder; see :class:`vla_jax.reporting.page.workdir.Run`.
+        group: what the runs were trained for; see :func:`vla_jax.reporting.page.compared.compared_runs`.
         backbone: the backbone they were trained on.
         data_dir: where data sets lie, in place of what the configuration says; None leaves it at that.
 
@@ -76,6 +95,31 @@ def _compared(config: Config, group: str, backbone: Backbone, changes: Mapping[s
     return Tested(kind, data.splits["test"], tuple(names), quadruples, length)
 
 
+def _together(config: Config, group: str, backbone: Backbone, changes: Mapping[str, str]) -> Tested | None:
+    """One of several tasks over one backbone, by whatever way they share it."""
+    if not {"ways", "tasks", "sizes"} <= config.keys() or group not in config["tasks"]:
+        return None
+    given = (restored(Generated, config["sizes"]), config["text_length"], changes.get("data_dir", config["data_dir"]))
+    tests = {task: task_set.member_data(task, *given, backbone).splits["test"] for task in config["tasks"]}
+    counts = list(map(len, tests.values()))
+    number = list(tests).index(group)
+    member = Member(number, sum(counts[:number]), sum(counts))
+    labels = task_set.member_labels(group, *given)
+    return Tested(
+        task_set.TASKS[group].kind, tests[group], labels.names, text_length=config["text_length"], member=member
+    )
+
+
+def _domain(config: Config, group: str, backbone: Backbone, changes: Mapping[str, str]) -> Tested | None:
+    """A new domain, with some number of labels."""
+    name = group.partition("/labels_")[0]
+    if "domains" not in config or name not in config["domains"]:
+        return None
+    sizes = dataclasses.replace(restored(DomainSizes, config["sizes"]), **changes)
+    test = domain_pictures(name, "test", sizes, backbone.config.image_size)
+    return Tested("classification", test, describe(name).classes, text_length=backbone.config.context_length)
+
+
 def _twins(config: Config, group: str, backbone: Backbone, changes: Mapping[str, str]) -> Tested | None:
     """Pairs of twins, with a probe of quadruples; a group is named by how it scores and by its negatives."""
     negatives = group.rpartition("_")[2]
@@ -101,7 +145,7 @@ def _adapted(config: Config, group: str, backbone: Backbone, changes: Mapping[st
 
 
 _Recipe = Callable[[Config, str, Backbone, Mapping[str, str]], Tested | None]
-_RECIPES: tuple[_Recipe, ...] = (_compared, _twins, _adapted)
+_RECIPES: tuple[_Recipe, ...] = (_together, _domain, _compared, _twins, _adapted)
 
 
 def restored(kind: type[T], values: Mapping[str, Any]) -> T:

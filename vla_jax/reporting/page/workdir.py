@@ -36,6 +36,8 @@ class Run:
         records: what it logged, one mapping a logged step.
         tested: whether it was chosen on validation data and tested.
         settings: what it was run with; empty where that is not written down.
+        begun: the folder of the run that trained what this one began with and did not train again; None if there is
+            none.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Run:
     records: tuple[Mapping[str, Any], ...]
     tested: bool
     settings: Mapping[str, Any]
+    begun: Path | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:
