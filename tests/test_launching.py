@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -310,3 +311,11 @@ def test_launch_py_says_a_mistake_in_one_line_and_exits_with_two(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(r"error: unknown experiment 'fusion_ablatoin'; did you mean .*\n", done.stderr)
+
+
+def test_tables_are_not_squeezed_into_a_log(tmp_path):
+    command = [sys.executable, str(ROOT / "launch.py"), "--experiment=fusion_ablation", "--dry_run"]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) > 80

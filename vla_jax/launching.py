@@ -22,6 +22,7 @@ import dataclasses
 import importlib
 import io
 import itertools
+import os
 import pkgutil
 import sys
 import traceback
@@ -46,6 +47,8 @@ _USAGE = """python launch.py --experiment=NAME [--workdir=FOLDER] [--config.pres
                                                         the same on every host; the last three where JAX finds no
                                                         cluster by itself"""
 
+_LOG_WIDTH = 200  # columns of a table in a log: rich assumes 80 where there is no terminal, and cuts words to fit
+
 _OWN_FLAGS = ("--experiment", "--workdir", "--list", "--dry_run", "--distributed")
 
 
@@ -55,6 +58,8 @@ def command(arguments: Sequence[str]) -> NoReturn:
     0 after a finished run, and after SIGTERM once what was done is saved, as schedulers take it; 130 after Ctrl-C; 2
     after what the user can mend, said in one line; 1 after any other error.
     """
+    if "COLUMNS" not in os.environ and not sys.stdout.isatty():
+        rich.reconfigure(width=_LOG_WIDTH)
     try:
         main(arguments)
     except UserError as error:

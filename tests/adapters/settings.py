@@ -34,6 +34,7 @@ from vla_jax.adapters import (
     ia3,
 )
 from vla_jax.adapters.base import Method
+from vla_jax.adapters.plan import Plan
 from vla_jax.backbones.clip import CLIP
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.convert import abstract_params
@@ -228,11 +229,17 @@ def backbone(config: CLIPConfig):
     return names.unflatten({name: leaf + 1.0 if name.endswith("scale") else leaf for name, leaf in flat.items()})
 
 
+def begun(plan: Plan, params):
+    """New adapters. In one program: drawn one by one as :meth:`Plan.init` does it, they take most of a test's time."""
+    return jax.jit(plan.init)(jax.random.key(5), params)
+
+
 def inputs(config: CLIPConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Images, tokens of several lengths, and their mask."""
-    images = jax.random.normal(jax.random.key(2), (BATCH, config.image_size, config.image_size, 3))
-    lengths = 3 + jnp.arange(BATCH) % (LENGTH - 2)  # [batch]
-    place = jnp.arange(LENGTH)[None]
-    words = jax.random.randint(jax.random.key(3), (BATCH, LENGTH), 2, 48)
-    tokens = jnp.where(place < lengths[:, None] - 1, words, jnp.where(place == lengths[:, None] - 1, 49, 0))
-    return images, tokens, place < lengths[:, None]
+    generator = np.random.default_rng(2)
+    images = generator.standard_normal((BATCH, config.image_size, config.image_size, 3), np.float32)
+    lengths = 3 + np.arange(BATCH) % (LENGTH - 2)  # [batch]
+    place = np.arange(LENGTH)[None]
+    words = generator.integers(2, 48, (BATCH, LENGTH))
+    tokens = np.where(place < lengths[:, None] - 1, words, np.where(place == lengths[:, None] - 1, 49, 0))
+    return jnp.asarray(images), jnp.asarray(tokens, jnp.int32), jnp.asarray(place < lengths[:, None])

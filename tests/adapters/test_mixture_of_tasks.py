@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from settings import ALL, backbone, drawn, inputs, model, shape_for
+from settings import ALL, backbone, begun, drawn, inputs, model, shape_for
 
 from vla_jax.adapters import place
 
@@ -43,15 +43,14 @@ def _run(name):
     config = shape_for(name)
     params = backbone(config)
     plan = place(dataclasses.replace(ALL[name], tasks=("a", "b", "c")), config.towers)
-    adapters = drawn(plan.shapes(), 6, 0.2, around=plan.init(jax.random.key(5), params))
-    images, tokens, mask = inputs(config)
+    adapters = drawn(plan.shapes(), 6, 0.2, around=begun(plan, params))
 
     @jax.jit
-    def run(route):
-        out = model(config).apply({"params": params}, images, tokens, mask, adapters=plan.bind(adapters), route=route)
+    def run(params, adapters, arrays, route):  # arguments: the compiler would work constants out beforehand
+        out = model(config).apply({"params": params}, *arrays, adapters=plan.bind(adapters), route=route)
         return jnp.concatenate([out.image_features, out.text_features], axis=-1)
 
-    return run
+    return functools.partial(run, params, adapters, inputs(config))
 
 
 def test_a_mixture_of_one_task_is_its_route(name):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
-from settings import ALL, BATCH, PLACED, WITHOUT_GRADIENT, backbone, drawn, inputs, model, shape_for
+from settings import ALL, BATCH, PLACED, WITHOUT_GRADIENT, backbone, begun, drawn, inputs, model, shape_for
 
 from vla_jax import names
 from vla_jax.adapters import Placement, place
@@ -39,7 +39,7 @@ def _plan(name, **changes):
 
 @functools.cache
 def _new(name, plan):
-    return plan.init(jax.random.key(5), _backbone(shape_for(name)))
+    return begun(plan, _backbone(shape_for(name)))
 
 
 @functools.cache

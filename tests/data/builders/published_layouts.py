@@ -227,6 +227,10 @@ def flickr30k(root: Path) -> dict[str, list[dict[str, Any]]]:
         ("1000268201.jpg", "val", ["A child in a pink dress .", "Two", "Three", "Four", "Five"]),
     ]
     write(root / "dataset_flickr30k.json", karpathy(rows, "flickr30k"))
+    lines = [f"{name}#{turn}\t{text}\n" for name, _, texts in reversed(rows) for turn, text in enumerate(texts)]
+    write(root / "results_20130124.token", "".join(lines))
+    for name, split, _ in rows:
+        write(root / f"{split}.txt", name.removesuffix(".jpg") + "\n")
     records = {}
     for seed, (name, split, texts) in enumerate(rows):
         image = write(root / "flickr30k-images" / name, picture(20 + seed, file_format="JPEG"))

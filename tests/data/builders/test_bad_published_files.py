@@ -181,6 +181,26 @@ def test_flickr30k(tmp_path):
     refused(tmp_path, "flickr30k", "needs flickr30k-images")
 
 
+def test_flickr30k_entities(tmp_path):
+    flickr30k(tmp_path)
+    tokens, train = tmp_path / "results_20130124.token", tmp_path / "train.txt"
+    content, names = tokens.read_text(), train.read_text()
+    for changed, message in {
+        content.replace("#3", "3", 1): r"token, row 4: a line is a picture's name, '#', a number, a tab and a caption",
+        content.replace("\tTwo", "\t", 1): "row 2: a line is",
+        content.replace("#1\t", "#0\t", 1): r"row 2: the caption '1000268201\.jpg#0' stands twice.*in row 1",
+        content.replace("1000092795", "1000092796"): r"train\.txt, row 1: the picture '1000092795' has no caption in ",
+    }.items():
+        write(tokens, changed)
+        refused(tmp_path, "flickr30k", message, config="entities")
+    write(tokens, content)
+    write(train, names + (tmp_path / "test.txt").read_text())
+    refused(tmp_path, "flickr30k", r"test\.txt, row 1: the picture '10002456' stands twice", config="entities")
+    train.unlink()
+    tokens.unlink()
+    refused(tmp_path, "flickr30k", r"needs results_20130124\.token", config="entities")
+
+
 def test_nlvr(tmp_path):
     nlvr(tmp_path)
     file = tmp_path / "nlvr" / "train" / "train.json"

@@ -71,6 +71,14 @@ def expected_examples(records, field):
     return examples
 
 
+def test_flickr30k_has_the_splits_of_entities_too(built):
+    folder, _, expected = built("flickr30k")
+    for split, records in expected.items():  # here both sets of splits are the same
+        manual = folder.parent / "manual"
+        source = load_source("flickr30k", split, folder.parent / "entities", "entities", manual_dir=manual)
+        assert [plain(source[place]) for place in range(len(source))] == records
+
+
 @each
 def test_records_are_what_the_files_say(built, name):
     data_dir, config, expected = built(name)
