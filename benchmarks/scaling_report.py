@@ -159,7 +159,8 @@ def section(records: Sequence[Record]) -> str:
         lines += [machine_line(first | {"device": "cpu", "device_name": "virtual devices"})]
         lines += [f"- Python {first['machine']['python']}, jax {first['versions']['jax']}", ""]
     lines += [f"![share of a step spent computing]({FIGURE.relative_to(DOCUMENT.parent)})", ""]
-    lines += [f"Devices compute less than {100 * GOOD:.0f} % of a step:", "", *limits(records), ""]
+    told = f"Of the numbers of devices below, the first where devices compute less than {100 * GOOD:.0f} % of a step:"
+    lines += [told, "", *limits(records), ""]
     return "\n".join([*lines, markdown(COLUMNS, rows(records), 3)])
 
 
