@@ -22,8 +22,8 @@ from vla_jax.variants import Budget, TaskData
 RATES = dict.fromkeys(("head", "adapters", "fusion", "full"), (1e-3,))
 
 
-def _part(task, train: int = 6) -> TaskData:
-    sizes = {"train": train, "validation": 4, "test": 4}
+def _part(task, train: int = 6, test: int = 4) -> TaskData:
+    sizes = {"train": train, "validation": test, "test": test}
     return TaskData(task, {split: ArraySource(batch(size)) for split, size in sizes.items()}, as_rows)
 
 
@@ -60,6 +60,11 @@ def test_every_way_trains_what_its_name_says():
         "fusion": heads + sites * 3 * (down + up) + sites * 3 * (3 * width**2 + 2 * width),
         "full": heads + 3 * whole,
     }
+
+
+def test_tasks_may_have_different_numbers_of_examples_to_be_tested_on():
+    parts = PARTS | {"kinds": _part(Classification("kinds", 5), test=3)}
+    assert _sharing(parts=parts).trained("each") == _sharing().trained("each")
 
 
 def test_both_stages_together_see_every_example_once():

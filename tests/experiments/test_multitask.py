@@ -191,6 +191,7 @@ def test_maps_of_adapter_fusion_are_those_of_both_stages_together(config, traine
     expected = jax.jit(lambda: heat_map(model.apply(params, batch)))()
     pairs = [(example["image"], example["text"].decode()) for example in examples]
     maps = HeatMaps(model.backbone, pairs, config.text_length, route=1)
+    # Cosines in float32 by two programs, of which one has the heads of both tasks.
     np.testing.assert_allclose(maps.adapted(second, first).reshape(3, -1), expected, rtol=1e-4, atol=1e-5)
     assert np.abs(maps.adapted(second, first) - maps.frozen()).max() > 1e-3
     with pytest.raises(UserError, match=r"has no adapters/fusion/.*; were its adapters trained by another run\?"):

@@ -13,9 +13,10 @@ from experiments import adapt, compositionality, fusion_ablation, method_compari
 from vla_jax.backbones.loading import load_backbone
 from vla_jax.data_sets import Data, find
 from vla_jax.errors import UserError
-from vla_jax.reporting.page.gallery import aligned, shelves
+from vla_jax.reporting.page.gallery import aligned, make_galleries, shelves
 from vla_jax.reporting.page.tested import find_tested, restored
 from vla_jax.reporting.page.wording import Wording
+from vla_jax.reporting.page.workdir import read_work_directory
 from vla_jax.task_data import Sizes, task_data
 from vla_jax.task_kinds import Setup
 
@@ -50,6 +51,11 @@ def test_what_one_shelf_lacks_the_others_give():
     assert shelves(right, 3) == [("right by some variants", 1, [3]), ("right by every variant", 3, [0, 1])]
     assert shelves(right, 9) == [("right by some variants", 1, [3]), ("right by every variant", 3, [0, 1, 2])]
     assert shelves(right[:1], 2) == [("wrong", 1, [3]), ("right", 3, [0])]
+
+
+def test_a_configuration_that_no_experiment_wrote_breaks_nothing(tmp_path):
+    (tmp_path / "config.json").write_text('{"ways": 3, "tasks": {"a": 1}}')
+    assert make_galleries(read_work_directory(tmp_path), 2, None, lambda text: None) == []
 
 
 def test_predictions_are_brought_into_one_order():

@@ -17,8 +17,10 @@ def compared_runs(work: WorkDirectory) -> Compared:
     They are those of a group of folders, but for ways of sharing a backbone, where folders are named by the way and
     runs stand side by side by task, and for numbers of labels, of which the greatest is shown.
     """
-    if {"ways", "tasks"} <= work.config.keys():
-        found = {task: _shared(work, task) for task in map(str, work.config["tasks"])}
+    # A configuration may say anything where no experiment wrote it.
+    ways, tasks = work.config.get("ways"), work.config.get("tasks")
+    if isinstance(ways, list) and isinstance(tasks, list):
+        found = {task: _shared(work, task, list(map(str, ways))) for task in map(str, tasks)}
     elif {"domains", "labels"} <= work.config.keys():
         found = {group: _tested(work, group) for group in _most_labels(work)}
     else:
@@ -35,10 +37,10 @@ def _tested(work: WorkDirectory, group: str) -> dict[str, Run]:
     return first
 
 
-def _shared(work: WorkDirectory, task: str) -> dict[str, Run]:
+def _shared(work: WorkDirectory, task: str, ways: list[str]) -> dict[str, Run]:
     """Every way's run for a task: one for all tasks, or one of its own."""
     found: dict[str, Run] = {}
-    for way in map(str, work.config["ways"]):
+    for way in ways:
         for group in (way, f"{way}/{task}"):
             found |= _only(way, _tested(work, group))
         # What weighs the adapters of a first stage is trained in a second one, which does not keep them again.
