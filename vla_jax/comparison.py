@@ -222,7 +222,12 @@ class _VariantRun:
         batches = Batches(iter(pipeline), self.shardings.batch)
         try:
             program, step_bytes, flop = self._train_program(state, batches)
-            with Checkpointer(folder / "checkpoints", self.identity, every=self.budget.checkpoint_every) as saver:
+            with Checkpointer(
+                folder / "checkpoints",
+                self.identity,
+                every=self.budget.checkpoint_every,
+                wait=self.budget.checkpoint_wait,
+            ) as saver:
                 fitted = fit(
                     state,
                     self._frozen,

@@ -66,6 +66,8 @@ class Budget:
         head_rate: learning rate of the head beside adapters or a backbone, which then have the searched one alone.
             Where it is None they share one, and a method that learns best slowly has a head that has learnt little.
         checkpoint_every: steps between checkpoints.
+        checkpoint_wait: whether training waits until a checkpoint is complete on disk, so that a kill without warning
+            costs ``checkpoint_every`` steps at most; otherwise also those that ran while it was being saved.
         log_every: steps between logged ones.
         tolerance: what runs bear before they stop.
         profile: steps of which each variant's first run writes a profile, such as ``10:15``; none if empty.
@@ -78,6 +80,7 @@ class Budget:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     head_rate: float | None = None
     checkpoint_every: int = 200
+    checkpoint_wait: bool = False
     log_every: int = 20
     tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
     profile: str = ""

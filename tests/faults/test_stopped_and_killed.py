@@ -70,14 +70,16 @@ def reaches(workdir: Path, step: int) -> Callable[[], bool]:
     return lambda: max(steps(workdir), default=0) >= step
 
 
-def test_killed_twenty_times_also_while_saving(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wait", [False, True], ids=["in the background", "waiting"])
+def test_killed_twenty_times_also_while_saving(whole: Path, tmp_path: Path, wait: bool) -> None:
     """Every other kill comes when a save has begun and is not complete; the others at any moment of a start."""
     # Also: the same command gives the same bits, however often it is stopped.
     chance, folder = random.Random(0), tmp_path / "run"
+    started = ("--config.seconds=0.02", *(["--config.wait"] if wait else []))
     checkpoints, lost, in_saves = epath.Path(folder / "checkpoints"), [], 0
     for kill in range(KILLS):
         newest = max(saved_steps(checkpoints), default=0)
-        run = Run(folder, *LONG, "--config.seconds=0.02")
+        run = Run(folder, *LONG, *started)
         if kill % 2:
             run.until(lambda: not unfinished(checkpoints))  # what the last kill left is cleaned up
             run.until(lambda: unfinished(checkpoints), every=0)
@@ -92,6 +94,7 @@ def test_killed_twenty_times_also_while_saving(whole: Path, tmp_path: Path) -> N
         newest = max(saved, default=0)
         lost.append(reached - newest)
         # What was due at the last multiple may have been on its way; the one before it is there.
+        assert not wait or lost[-1] <= EVERY, (reached, saved)
         assert newest >= reached // EVERY * EVERY - EVERY, (reached, saved)
     assert in_saves >= KILLS // 4
     assert max(lost) > 0

@@ -51,6 +51,7 @@ class Config:
         preset: its preset.
         steps: of the run.
         every: steps between checkpoints.
+        wait: for each of them.
         log_every: steps between logged ones.
         seconds: that drawing a batch takes; changes no number.
         broken: places of training examples that are not finite.
@@ -62,6 +63,7 @@ class Config:
     preset: Literal["default"] = "default"
     steps: int = 12
     every: int = 4
+    wait: bool = False
     log_every: int = 1
     seconds: float = 0.0
     broken: tuple[int, ...] = ()
@@ -146,7 +148,7 @@ def run(config: Config, workdir: Path) -> None:
     pipeline = Pipeline(ArraySource(train), as_rows, BATCH, training=True, seed=7)
     batches = Batches(iter(pipeline), shardings.batch)
     identity = Identity("toy", "0", {"width": config.width})
-    with Checkpointer(workdir / "checkpoints", identity, every=config.every) as checkpointer:
+    with Checkpointer(workdir / "checkpoints", identity, every=config.every, wait=config.wait) as checkpointer:
         fitted = fit(
             state,
             frozen,

@@ -9,7 +9,10 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +24,8 @@ from orbax.checkpoint import v1 as ocp
 
 from vla_jax import names
 from vla_jax.errors import UserError
-from vla_jax.training import checkpoint
-from vla_jax.training.checkpoint import Checkpointer, load_adapters, save_adapters
+from vla_jax.training import checkpoint, checksums
+from vla_jax.training.checkpoint import Checkpointer, SaveError, load_adapters, save_adapters
 from vla_jax.training.checkpoint_folder import absolute, check_whole
 from vla_jax.training.checkpoint_metadata import Identity
 from vla_jax.training.step import TrainState
@@ -118,6 +121,27 @@ def test_saves_in_the_background_from_a_copy(tmp_path: Path) -> None:
     for step in range(1, 6):
         loaded, _ = load_adapters(tmp_path, step=step)
         np.testing.assert_array_equal(loaded["adapters"]["a"]["kernel"], step)
+
+
+def test_waits_until_a_checkpoint_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = checksums.write
+
+    def slow_or_full(folder: Any, told: Mapping[str, Any]) -> None:
+        if folder.name.startswith("2"):
+            raise OSError(28, "No space left on device")
+        time.sleep(0.2)
+        write(folder, told)
+
+    monkeypatch.setattr(checksums, "write", slow_or_full)
+    with Checkpointer(tmp_path, IDENTITY, every=1, keep=9, wait=True) as checkpointer:
+        state = train_state(trained())
+        assert checkpointer.save(1, state)
+        check_whole(absolute(tmp_path) / "1")
+        assert [folder.name for folder in tmp_path.iterdir()] == ["1"]
+        with pytest.raises(SaveError, match=r"step 2 could not be saved .*that of step 1 is still good"):
+            checkpointer.save(2, state)
+        assert checkpointer.save(3, state)
+        assert sorted(folder.name for folder in tmp_path.iterdir()) == ["1", "3"]
 
 
 def test_metadata_is_complete(tmp_path: Path) -> None:

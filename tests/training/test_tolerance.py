@@ -119,9 +119,11 @@ def test_numbers_that_cannot_be_written(tmp_path: Path, bears: bool, caplog: pyt
 
 
 @pytest.mark.parametrize("bears", [False, True])
+@pytest.mark.parametrize("wait", [False, True])
 def test_a_save_that_fails(
     tmp_path: Path,
     uninterrupted: Fitted,
+    wait: bool,
     bears: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -137,7 +139,7 @@ def test_a_save_that_fails(
 
     def run() -> Fitted:
         tolerance = Tolerance(unsaved=bears)
-        with new_checkpointer(tmp_path) as checkpointer:
+        with new_checkpointer(tmp_path, wait=wait) as checkpointer:
             return fit(new_state(), FROZEN, STEP, Numbers(), 14, checkpointer=checkpointer, tolerance=tolerance)
 
     if not bears:

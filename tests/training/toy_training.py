@@ -67,8 +67,8 @@ def new_state() -> TrainState:
     return init_state(tree, OPTIMIZER)
 
 
-def new_checkpointer(folder: Path, every: int = 4) -> Checkpointer:
-    return Checkpointer(folder / "checkpoints", IDENTITY, every=every)
+def new_checkpointer(folder: Path, every: int = 4, *, wait: bool = False) -> Checkpointer:
+    return Checkpointer(folder / "checkpoints", IDENTITY, every=every, wait=wait)
 
 
 def values(fitted: Fitted | list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -43,13 +43,15 @@ class SaveError(UserError):
 
 
 class Checkpointer:
-    """The checkpoints of one run: saved in the background, the newest ``keep`` of them kept.
+    """The checkpoints of one run: saved in the background or at once, the newest ``keep`` of them kept.
 
     Use it as a context manager: leaving it waits for the last save, unless one of several processes failed. All of
     them call every method, and the folder is one they share.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], identity: Identity, *, every: int, keep: int = 2):
+    def __init__(
+        self, folder: str | os.PathLike[str], identity: Identity, *, every: int, keep: int = 2, wait: bool = False
+    ):
         """Opens the folder, makes it if missing and removes what a killed process left half-written.
 
         Args:
@@ -57,6 +59,8 @@ class Checkpointer:
             identity: what the leaves belong to.
             every: :meth:`save` saves at multiples of this many steps.
             keep: how many of the newest checkpoints stay.
+            wait: whether :meth:`save` returns when the checkpoint is complete on disk. A process that is killed has
+                then lost ``every`` steps at most; in the background, also those that ran while it was being saved.
 
         Raises:
             UserError: if ``every`` or ``keep`` is not positive, or the folder cannot be used.
@@ -65,7 +69,7 @@ class Checkpointer:
             raise UserError(f"checkpoints need every >= 1 and keep >= 1; given every={every}, keep={keep}")
         self.folder = absolute(folder)
         self.identity = identity
-        self._every, self._keep = every, keep
+        self._every, self._keep, self._wait = every, keep, wait
         self._latest: int | None = None
         self._told: dict[str, Any] = {}
         self._orbax: ocp.training.Checkpointer | None = None
@@ -116,7 +120,7 @@ class Checkpointer:
         return step % self._every == 0 and step != self._latest
 
     def save(self, step: int, state: TrainState, data_state: Any = None, *, force: bool = False) -> bool:
-        """Saves in the background if it is time to; the state's buffers may be given away when the call returns.
+        """Saves if it is time to; the state's buffers may be given away when the call returns.
 
         Args:
             step: the number of steps taken.
@@ -126,10 +130,11 @@ class Checkpointer:
             force: save although it is not time to. A step that is already saved is not saved twice.
 
         Returns:
-            Whether a save began.
+            Whether a save began; with ``wait``, whether it was made.
 
         Raises:
-            SaveError: if the save before this one failed, or this one cannot begin. The next call tries anew.
+            SaveError: if the save before this one failed, or this one cannot begin; with ``wait``, also if it failed.
+                The next call tries anew.
             UserError: likewise, where one of several processes cannot begin.
         """
         if not (self.should_save(step) or (force and step != self._latest)):
@@ -148,6 +153,8 @@ class Checkpointer:
             self._orbax.save_checkpointables_async(step, items, force=True, custom_metadata=self._told)
         except Exception as error:
             raise self._failed_here(step, error) from error
+        if self._wait:
+            self.wait()
         return True
 
     def _open(self) -> None:
