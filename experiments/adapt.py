@@ -149,9 +149,6 @@ def check(config: Config) -> Any:
     mesh = make_mesh(config.mesh)
     check_batch(config.budget.batch_size, mesh)
     found = find(config.data, config.task, config.setup)
-    needs_tokenizer = found.kind == "classification" and config.setup.classifier == "names"
-    if needs_tokenizer:
-        shapes = dataclasses.replace(shapes, tokenizer=load_backbone(config.backbone).tokenizer)
     chosen = variant(config, shapes)
     data = TaskData(task_of_kind(found.kind, found.labels, config.setup, shapes), {}, None)
     comparison = Comparison(shapes, data, config.budget, config.compute, mesh, Path())

@@ -310,7 +310,7 @@ def test_seeds_train_on_the_examples_drawn_for_them_and_share_what_is_compiled(t
     with pytest.raises(UserError, match=r"drawn was \[3, 5\] and is now \[3, 6\]"):
         whole.drawing({0: np.array([6, 3]), 1: np.array([7])}, tmp_path / "0").run(linear)
     with pytest.raises(UserError, match="no training examples are drawn for seed 1"):
-        whole.drawing({0: np.array([1])}, tmp_path)
+        whole.drawing({0: np.array([1]), 1: np.array([], int)}, tmp_path)
     for seed in BUDGET.seeds:
         trained, _ = load_adapters(tmp_path / "1" / "linear" / "learning_rate_0.3" / f"seed_{seed}" / "adapters")
         found = again.parameters(outcomes[0], seed)["heads"]["bright"]["classifier"]["kernel"]
@@ -333,6 +333,25 @@ def test_examples_are_drawn_of_raw_data_as_of_computed_streams(tmp_path, monkeyp
     whole = _comparison(tmp_path, budget=dataclasses.replace(BUDGET, steps=1, seeds=(4,), optimizer=OptimizerConfig()))
     whole.drawing({4: np.array([2, 11])}, tmp_path).run(texts)
     assert seen == [DATA.splits["train"].arrays["tokens"][[2, 11]].tolist()]
+
+
+def test_rates_are_chosen_on_the_validation_examples_that_are_drawn(tmp_path):
+    probed = dataclasses.replace(DATA, probes={"looked": Probe(DATA.splits["validation"])})
+    whole = _comparison(tmp_path, data=probed, budget=dataclasses.replace(BUDGET, steps=2, seeds=(0, 1, 2)))
+    chosen = np.array([3, 4, 11])
+    linear = dataclasses.replace(LINEAR, learning_rates=(0.3,))
+    for modalities in (("image", "text"), ("text",)):  # of computed streams as of raw data
+        folder = tmp_path / modalities[0]
+        shown = dataclasses.replace(linear, modalities=modalities)
+        outcome = whole.drawing({7: np.array([1, 2])}, folder, chosen).run(shown)
+        correct = outcome.predictions["looked"]["correct"]
+        assert correct.shape == (1, SIZES["validation"])  # of the drawing's seed alone
+        assert outcome.validated == pytest.approx(correct[0, chosen].mean())
+        with pytest.raises(UserError, match=r"validated was \[3, 4, 11\] and is now \[3, 4\]"):
+            whole.drawing({7: np.array([1, 2])}, folder, chosen[:2]).run(shown)
+    for drawn, validation in (({}, None), ({7: chosen}, chosen[:0])):
+        with pytest.raises(UserError, match="needs a seed at least, and validation examples"):
+            whole.drawing(drawn, tmp_path, validation)
 
 
 def test_settings_that_make_no_comparison_are_refused():

@@ -75,28 +75,33 @@ class Comparison:
         self.backbone, self.data, self.budget, self.compute = backbone, data, budget, compute
         self.mesh, self.folder = mesh, folder
         self._drawn: Mapping[int, np.ndarray] | None = None
+        self._validated: np.ndarray | None = None
         self._streams: dict[tuple[Any, ...], Mapping[str, Source]] = {}
         self._programs: dict[Variant, _Programs] = {}
 
-    def drawing(self, drawn: Mapping[int, np.ndarray], folder: Path) -> Comparison:
+    def drawing(
+        self, drawn: Mapping[int, np.ndarray], folder: Path, validation: np.ndarray | None = None
+    ) -> Comparison:
         """The same comparison, in which each seed trains on examples of its own.
 
         What is computed of the data and compiled for the last variant is shared with it, so that it costs little to go
         through many draws of examples with one variant before the next.
 
         Args:
-            drawn: for each seed of the budget, places in the training split.
+            drawn: by seed, places in the training split; these seeds stand in place of the budget's.
             folder: where its runs are kept.
+            validation: places in the validation split that learning rates are chosen on; all of it if None.
 
         Raises:
-            UserError: if examples of a seed are missing.
+            UserError: if there is no seed, or a choice without examples.
         """
-        if missing := [seed for seed in self.budget.seeds if not len(drawn.get(seed, ()))]:
-            raise UserError(
-                f"no training examples are drawn for seed {missing[0]}; every seed of the budget needs some"
-            )
+        if empty := [seed for seed, places in drawn.items() if not len(places)]:
+            raise UserError(f"no training examples are drawn for seed {empty[0]}; every seed needs some")
+        if not drawn or (validation is not None and not len(validation)):
+            raise UserError("a drawing needs a seed at least, and validation examples where they are chosen")
         other = copy.copy(self)
-        other._drawn, other.folder = drawn, folder
+        other.budget = dataclasses.replace(self.budget, seeds=tuple(drawn))
+        other._drawn, other._validated, other.folder = drawn, validation, folder
         return other
 
     def model(self, variant: Variant) -> AdaptedModel:
@@ -271,10 +276,7 @@ class _VariantRun:
         drawn = self.comparison._drawn
         if drawn is None:
             return source
-        arrays = getattr(source, "arrays", {})
-        places = drawn[seed]
-        if "position" in arrays:
-            places = np.flatnonzero(np.isin(arrays["position"], places))
+        places = _standing(source, drawn[seed])
         # A few examples stand several times in a pass: Grain shuffles three in 10 ms each, and hundreds in 0.1 ms each.
         return Chosen(source, np.tile(places, -(-_PASS // max(len(places), 1))))
 
@@ -296,6 +298,8 @@ class _VariantRun:
         }
         if self.comparison._drawn is not None:
             settings["drawn"] = np.sort(self.comparison._drawn[seed]).tolist()
+        if self.comparison._validated is not None:
+            settings["validated"] = np.sort(self.comparison._validated).tolist()
         settings = json.loads(json.dumps(settings))
         if (found := distributed.read(path)) is None:
             write_atomically(path, json.dumps(settings, indent=1))
@@ -337,6 +341,9 @@ class _VariantRun:
         else:
             sources, transform = self._sources
             source = sources[name]
+            chosen = self.comparison._validated
+            if name == "validation" and chosen is not None:
+                source = Chosen(source, _standing(source, chosen))
         pipeline = Pipeline(source, transform, self.budget.batch_size, training=False)
         keep = ("position",) if "position" in getattr(source, "arrays", ()) else ()  # computed streams know theirs
         program = self._evaluation_program(task)
@@ -380,6 +387,12 @@ class _VariantRun:
             flop = batch_flop(self.model, self.table, batch)
             self._programs.train = dataclasses.replace(step, program=compiled), used, flop
         return self._programs.train
+
+
+def _standing(source: Source, places: np.ndarray) -> np.ndarray:
+    """Where the examples at these places of a split stand in what is computed of it, which knows their places."""
+    arrays = getattr(source, "arrays", {})
+    return np.flatnonzero(np.isin(arrays["position"], places)) if "position" in arrays else places
 
 
 def _logged_seconds(path: Path) -> float:

@@ -204,6 +204,7 @@ def test_every_task_has_generated_scenes(task, config, tmp_path, tmp_path_factor
 @pytest.mark.slow
 def test_class_names_can_be_the_classifier_and_frozen_streams_change_nothing(config, folder, tmp_path):
     named = dataclasses.replace(config, setup=Setup(classifier="names", templates=("a {} square", "a {} picture")))
+    check(named)
     ways = {"memory": {}, "disk": {"streams_dir": str(tmp_path / "streams")}, "anew": {"kept_gib": 0.0}}
     found = {way: run(dataclasses.replace(named, **changes), tmp_path / way) for way, changes in ways.items()}
     for kept, disk, anew in zip(*found.values(), strict=True):

@@ -108,9 +108,10 @@ def load_config(name_or_folder: str | Path, *, image_size: int | None = None) ->
 
 
 def abstract_backbone(name_or_folder: str | Path) -> Backbone:
-    """The backbone as shapes alone: what can be checked and counted without reading weights; it has no tokenizer."""
-    shape = load_config(name_or_folder)
-    return Backbone(str(name_or_folder), shape, convert.abstract_params(shape), "", None)
+    """The backbone as shapes alone: what can be checked and counted without reading weights."""
+    name = str(name_or_folder)
+    folder, _, shape = _read(name, None)
+    return Backbone(name, shape, convert.abstract_params(shape), "", folder)
 
 
 def load_backbone(

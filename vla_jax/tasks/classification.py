@@ -182,7 +182,7 @@ class ZeroShotClassification(_Classifier):
         if image is None or text is None:
             raise UserError("zero-shot classification compares pictures with texts; show the model both modalities")
         text = normalise(normalise(text).reshape(-1, len(self.tokens) // self.classes, text.shape[-1]).mean(1))
-        factor = jnp.exp(head["log_scale"]) * output.scale
+        factor = jnp.exp(head.get("log_scale", 0.0)) * output.scale  # asked without a head, it is the backbone's
         examples = len(batch["label"])
         if len(image) == examples:
             return factor * normalise(image) @ text.T

@@ -1,0 +1,159 @@
+"""Data for the few-shot protocol: pictures of named classes, generated, of one's own, or a published set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vla_jax.backbones.loading import Backbone
+from vla_jax.data.cached import Chosen
+from vla_jax.data.few_shot_sets import FEW_SHOT_SETS
+from vla_jax.data.scenes import SceneConfig, SceneSource, Shift
+from vla_jax.data.scenes.vocabulary import COLORS, SHAPES
+from vla_jax.data.stages import Source
+from vla_jax.data_sets import Data, find, splits_of
+from vla_jax.errors import UserError
+from vla_jax.evaluation.few_shot import draw_shots
+from vla_jax.task_kinds import Setup, annotation
+
+OBJECTS = "shifted_objects"
+"""The generated set by name: single objects of the shifted world, told apart by colour and shape."""
+
+_OBJECTS = tuple((shape, color) for shape in SHAPES for color in COLORS[:4])
+
+# Milder than the shift's default, in which the names say no more than chance to a backbone of the plain world.
+_SHIFT = Shift(background=(200, 255), strokes=5, noise=8.0)
+
+TEMPLATE = "a photo of a {}"
+"""The sentence of sets that bring none of their own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What is told apart, before any picture is read.
+
+    Attributes:
+        origin: where the pictures come from, for people.
+        fingerprint: of the data; another one is other data.
+        names: of the classes, in the order of labels.
+        templates: sentences with ``{}`` where a name stands.
+    """
+
+    origin: str
+    fingerprint: str
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+def classes_of(data: Data, templates: Sequence[str] = ()) -> Classes:
+    """The classes of a data set.
+
+    Args:
+        data: :data:`OBJECTS` or a data set of pictures with labels, by name; or a file of one's own.
+        templates: sentences with ``{}`` where a name stands; the set's own if empty.
+
+    Raises:
+        UserError: if data are missing or faulty, or are no pictures with labels.
+    """
+    if _generated(data):
+        names = tuple(f"{color} {shape}" for shape, color in _OBJECTS)
+        fingerprint = "_".join(map(str, [OBJECTS, *dataclasses.astuple(data.generated)]))
+        return Classes("generated objects of a shifted world", fingerprint, names, tuple(templates) or (TEMPLATE,))
+    found = find(data, "classification", Setup())
+    published = FEW_SHOT_SETS.get(data.config) if data.name == "few_shot" and not data.path else None
+    template = published.template if published else TEMPLATE
+    names = tuple(name.replace("_", " ") for name in found.labels.names)
+    return Classes(found.origin, found.fingerprint, names, tuple(templates) or (template,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """All pictures that any draw of the protocol may take for training and validation, and all for testing.
+
+    Attributes:
+        labels: by split, int ``[examples]``, of the whole split.
+        places: by split, which of its examples are here, in rising order.
+        splits: by split, these.
+    """
+
+    labels: Mapping[str, np.ndarray]
+    places: Mapping[str, np.ndarray]
+    splits: Mapping[str, Source]
+
+    def here(self, split: str, places: np.ndarray) -> np.ndarray:
+        """Where examples at these places of a whole split stand in :attr:`splits`."""
+        return np.searchsorted(self.places[split], places)
+
+
+def pool(data: Data, classes: Classes, backbone: Backbone, most: Mapping[str, int], seeds: Sequence[int]) -> Pool:
+    """The pictures for the protocol; the first use builds a data set.
+
+    Args:
+        data: which.
+        classes: its :func:`classes_of`.
+        backbone: says how large generated pictures are.
+        most: by split, the most examples a class that are ever drawn; all are taken of other splits.
+        seeds: of the draws.
+
+    Raises:
+        UserError: if data are missing or faulty, or a class has no example in one of the splits.
+    """
+    if _generated(data):
+        each = {split: count // len(_OBJECTS) for split, count in dataclasses.asdict(data.generated).items()}
+        sources: Mapping[str, Source] = {
+            split: _Objects(split, count, backbone.config.image_size) for split, count in each.items()
+        }
+    else:
+        sources = splits_of(data, find(data, "classification", Setup()), backbone)
+    labels = {
+        split: np.array([annotation(source, place)["label"] for place in range(len(source))], np.int64)
+        for split, source in sources.items()
+    }
+    for split, found in labels.items():
+        if missing := sorted(set(range(len(classes.names))) - set(found.tolist())):
+            raise UserError(
+                f"the {split} split has no picture of {len(missing)} of {len(classes.names)} classes, such as "
+                f"{classes.names[missing[0]]!r}; the protocol needs some of each"
+            )
+    places = {
+        split: np.unique(np.concatenate([draw_shots(found, most[split], seed) for seed in seeds]))
+        if split in most
+        else np.arange(len(found))
+        for split, found in labels.items()
+    }
+    return Pool(labels, places, {split: Chosen(source, places[split]) for split, source in sources.items()})
+
+
+def _generated(data: Data) -> bool:
+    return data.name == OBJECTS and not data.path
+
+
+class _Objects:
+    """The generated set: as many pictures of each class, class by class."""
+
+    def __init__(self, split: str, each: int, size: int):
+        # A seed a class: else the first of all classes would stand in one place.
+        self._classes = [
+            SceneSource(
+                split,
+                "classes",
+                SceneConfig(seed, image_size=size, shapes=(s,), colors=(c,), shift=_SHIFT),
+                max(each, 1),
+            )
+            for seed, (s, c) in enumerate(_OBJECTS)
+        ]
+        self._each = each
+
+    def __len__(self) -> int:
+        return self._each * len(self._classes)
+
+    def annotation(self, index: int) -> dict[str, Any]:
+        """What is said of a picture."""
+        return {"label": index // self._each}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        label, place = divmod(int(index), self._each)
+        return {"image": self._classes[label][place]["image"], "label": label}
