@@ -57,3 +57,24 @@ def test_the_memory_arithmetic_is_what_its_script_says(monkeypatch) -> None:
     assert clip.activations == 2 * (32 * 257 * 1280 + 24 * 77 * 1024)
     table = memory.section([{"rows": memory.rows([clip, decoder])}])
     assert table in (ROOT / "docs" / "scaling.md").read_text()
+
+
+TABLES = {"results": "fusion_ablation", "methods": "method_comparison"}
+"""The README's tables whose folder below ``docs`` has another name than they."""
+
+
+def _table(text: str) -> list[list[str]]:
+    """The rows of the Markdown tables in a text, without headings."""
+    lines = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in cells] for cells in lines[2:]]
+
+
+def test_the_tables_of_the_readme_are_those_that_were_written() -> None:
+    found = re.findall(r"<!-- (\w+) -->\n(.*?)<!-- /\1 -->", (ROOT / "README.md").read_text(), re.S)
+    assert {"results", "methods", "multitask", "domain_adaptation", "compositionality"} <= {name for name, _ in found}
+    for name, text in found:
+        written = _table((ROOT / "docs" / TABLES.get(name, name) / "results.md").read_text())
+        shown = _table(text)
+        assert shown
+        for row in shown:
+            assert any(set(row) <= set(other) for other in written), (name, row)
