@@ -41,7 +41,17 @@ from vla_jax.data_sets import Data, Generated
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation.few_shot import MOST_VALIDATION, SEEDS, SHOTS, base_to_novel, few_shot
 from vla_jax.few_shot_data import OBJECTS, Classes, classes_of, pool
-from vla_jax.few_shot_learners import FrozenFeatures, Problem, Trained, all_classes, halves_of, tip, zero_shot
+from vla_jax.few_shot_learners import (
+    ALL,
+    BASE,
+    FrozenFeatures,
+    Problem,
+    Trained,
+    all_classes,
+    halves_of,
+    tip,
+    zero_shot,
+)
 from vla_jax.model import Task
 from vla_jax.reporting import few_shot_report
 from vla_jax.reporting.table import MISSING
@@ -282,11 +292,11 @@ class _Run:
         chosen = variant(self.config, name, self.backbone)
         told = {"name": name, "variant": chosen.title}
         task = _task(chosen, self.classes, self.backbone)
-        learner = self._trained(all_classes(self.pool, task, self.transform), chosen, "all_classes")
+        learner = self._trained(all_classes(self.pool, task, self.transform), chosen, ALL)
         if _linear(chosen) or not self.config.novel_shots:  # a linear map has no row for a class without examples
             return told, learner, None
         problem = halves_of(self.pool, self._named, self.transform)
-        return told, learner, self._trained(problem, chosen, "base_to_novel")
+        return told, learner, self._trained(problem, chosen, BASE)
 
     @property
     def _backbone_size(self) -> int:

@@ -101,17 +101,8 @@ def pool(data: Data, classes: Classes, backbone: Backbone, most: Mapping[str, in
     Raises:
         UserError: if data are missing or faulty, or a class has no example in one of the splits.
     """
-    if _generated(data):
-        each = {split: count // len(_OBJECTS) for split, count in dataclasses.asdict(data.generated).items()}
-        sources: Mapping[str, Source] = {
-            split: _Objects(split, count, backbone.config.image_size) for split, count in each.items()
-        }
-    else:
-        sources = splits_of(data, find(data, "classification", Setup()), backbone)
-    labels = {
-        split: np.array([annotation(source, place)["label"] for place in range(len(source))], np.int64)
-        for split, source in sources.items()
-    }
+    sources = sources_of(data, backbone)
+    labels = {split: labels_of(source) for split, source in sources.items()}
     for split, found in labels.items():
         if missing := sorted(set(range(len(classes.names))) - set(found.tolist())):
             raise UserError(
@@ -125,6 +116,23 @@ def pool(data: Data, classes: Classes, backbone: Backbone, most: Mapping[str, in
         for split, found in labels.items()
     }
     return Pool(labels, places, {split: Chosen(source, places[split]) for split, source in sources.items()})
+
+
+def sources_of(data: Data, backbone: Backbone) -> dict[str, Source]:
+    """All examples by split, with ``image`` and ``label``; the first use builds a data set.
+
+    Raises:
+        UserError: if data are missing or faulty.
+    """
+    if not _generated(data):
+        return splits_of(data, find(data, "classification", Setup()), backbone)
+    each = {split: count // len(_OBJECTS) for split, count in dataclasses.asdict(data.generated).items()}
+    return {split: _Objects(split, count, backbone.config.image_size) for split, count in each.items()}
+
+
+def labels_of(source: Source) -> np.ndarray:
+    """The labels of a source's examples, int64 ``[examples]``, without decoding their pictures."""
+    return np.array([annotation(source, place)["label"] for place in range(len(source))], np.int64)
 
 
 def _generated(data: Data) -> bool:

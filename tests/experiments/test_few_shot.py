@@ -24,6 +24,9 @@ from vla_jax.evaluation.few_shot import draw_shots
 from vla_jax.evaluation.scene_zero_shot import clip_encoders
 from vla_jax.evaluation.zero_shot import class_features, cosines
 from vla_jax.few_shot_data import OBJECTS, classes_of, pool
+from vla_jax.reporting.page.gallery import make_galleries
+from vla_jax.reporting.page.workdir import read_work_directory
+from vla_jax.training.metrics import run_record
 from vla_jax.variants import Budget
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -106,6 +109,21 @@ def test_a_small_run_keeps_to_the_protocol_and_is_read_again(config, backbone, t
 
     for name in ("results.md", "base_to_novel.md", "curves.png", "base_to_novel.png"):
         assert (tmp_path / name).stat().st_size > 0, name
+
+    run_record(tmp_path, config)
+    all_classes, base_classes = make_galleries(read_work_directory(tmp_path), 4, None, lambda text: None)
+    assert (all_classes.group, all_classes.problems) == (f"{OBJECTS}_96_96_64/all_classes/shots_2", ())
+    assert (base_classes.group, base_classes.problems) == (f"{OBJECTS}_96_96_64/base_to_novel/shots_2", ())
+    for gallery, most in ((all_classes, 32), (base_classes, 16)):
+        shown = [example for shelf in gallery.examples for example in shelf.shown]
+        assert len(shown) == 4
+        for example in shown:
+            assert example.truth == classes.names[example.place // 2]  # two of each, in the order of labels
+            assert example.place < 2 * most
+            told = [answer for answer in example.answers if answer.right is not None]
+            assert len(told) == len(example.answers) - 1  # all but the backbone, which is shown beside them
+            for answer in told:
+                assert answer.right == (answer.said == example.truth)
 
     def nothing_again(*_, **__):
         raise AssertionError("what was finished was done again")

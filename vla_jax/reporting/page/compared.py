@@ -15,14 +15,16 @@ def compared_runs(work: WorkDirectory) -> Compared:
     """The tested runs that were made for the same examples, the first seed of each variant.
 
     They are those of a group of folders, but for ways of sharing a backbone, where folders are named by the way and
-    runs stand side by side by task, and for numbers of labels, of which the greatest is shown.
+    runs stand side by side by task, and for numbers of labels or shots, of which the greatest is shown.
     """
     # A configuration may say anything where no experiment wrote it.
     ways, tasks = work.config.get("ways"), work.config.get("tasks")
     if isinstance(ways, list) and isinstance(tasks, list):
         found = {task: _shared(work, task, list(map(str, ways))) for task in map(str, tasks)}
     elif {"domains", "labels"} <= work.config.keys():
-        found = {group: _tested(work, group) for group in _most_labels(work)}
+        found = {group: _tested(work, group) for group in _greatest(work, "/labels_")}
+    elif {"shots", "novel_shots"} <= work.config.keys():
+        found = {group: _tested(work, group) for group in _greatest(work, "/shots_")}
     else:
         found = {group: _tested(work, group) for group in work.groups}
     return {group: runs for group, runs in found.items() if runs}
@@ -54,11 +56,11 @@ def _only(variant: str, runs: Mapping[str, Run]) -> dict[str, Run]:
     return {variant: runs[variant]} if variant in runs else {}
 
 
-def _most_labels(work: WorkDirectory) -> list[str]:
-    """Of each domain, the group with the most labels that has been tested."""
+def _greatest(work: WorkDirectory, number: str) -> list[str]:
+    """Of groups that differ in the number behind these words, the one with the greatest that has been tested."""
     most: dict[str, tuple[int, str]] = {}
     for group in work.groups:
-        domain, _, labels = group.partition("/labels_")
-        if labels.isdecimal() and _tested(work, group):
-            most[domain] = max(most.get(domain, (0, "")), (int(labels), group))
+        same, _, found = group.rpartition(number)
+        if found.isdecimal() and _tested(work, group):
+            most[same] = max(most.get(same, (0, "")), (int(found), group))
     return [group for _, group in most.values()]

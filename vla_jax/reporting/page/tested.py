@@ -7,17 +7,25 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from vla_jax import task_set
 from vla_jax.backbones.loading import Backbone
+from vla_jax.data.cached import Chosen
 from vla_jax.data.scenes import SceneConfig
 from vla_jax.data.sources import make_builder
 from vla_jax.data.stages import Source
+from vla_jax.data.text import Tokenize
 from vla_jax.data_sets import Data, Generated, find, splits_of
 from vla_jax.domain_data import DomainSizes, describe, domain_pictures
 from vla_jax.errors import UserError
+from vla_jax.evaluation.few_shot import split_classes
 from vla_jax.evaluation.scene_probe import SceneProbe
+from vla_jax.few_shot_data import TEMPLATE, classes_of, labels_of, sources_of
+from vla_jax.few_shot_learners import BASE
 from vla_jax.task_data import TASKS, Sizes, task_data, twin_pairs
 from vla_jax.task_kinds import Setup
+from vla_jax.tasks.classification import class_texts
 
 T = TypeVar("T")
 Config = Mapping[str, Any]
@@ -120,6 +128,24 @@ def _domain(config: Config, group: str, backbone: Backbone, changes: Mapping[str
     return Tested("classification", test, describe(name).classes, text_length=backbone.config.context_length)
 
 
+def _few_shot(config: Config, group: str, backbone: Backbone, changes: Mapping[str, str]) -> Tested | None:
+    """Classes by their names: all of them, or the base ones."""
+    if not {"shots", "novel_shots", "data", "templates"} <= config.keys():
+        return None
+    data = dataclasses.replace(restored(Data, config["data"]), **changes)
+    classes = classes_of(data, config["templates"])
+    fingerprint, kind, _ = group.split("/")
+    if fingerprint != classes.fingerprint:
+        raise UserError("the data have changed since they were tested")
+    test, names = sources_of(data, backbone)["test"], classes.names
+    if kind == BASE:
+        base, _ = split_classes(len(names))
+        test, names = Chosen(test, np.flatnonzero(np.isin(labels_of(test), base))), names[: len(base)]
+    # No longer than the longest name: adapters may insert tokens, which need the room.
+    _, masks = Tokenize(backbone.tokenizer, backbone.config.context_length).batch(class_texts(names, [TEMPLATE]))
+    return Tested("classification", test, names, text_length=int(masks.sum(1).max()))
+
+
 def _twins(config: Config, group: str, backbone: Backbone, changes: Mapping[str, str]) -> Tested | None:
     """Pairs of twins, with a probe of quadruples; a group is named by how it scores and by its negatives."""
     negatives = group.rpartition("_")[2]
@@ -145,7 +171,7 @@ def _adapted(config: Config, group: str, backbone: Backbone, changes: Mapping[st
 
 
 _Recipe = Callable[[Config, str, Backbone, Mapping[str, str]], Tested | None]
-_RECIPES: tuple[_Recipe, ...] = (_together, _domain, _compared, _twins, _adapted)
+_RECIPES: tuple[_Recipe, ...] = (_together, _domain, _few_shot, _compared, _twins, _adapted)
 
 
 def restored(kind: type[T], values: Mapping[str, Any]) -> T:
