@@ -40,10 +40,8 @@ from vla_jax.data.text import Tokenize
 from vla_jax.data_sets import Data, Generated
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation.few_shot import MOST_VALIDATION, SEEDS, SHOTS, base_to_novel, few_shot
-from vla_jax.few_shot_data import OBJECTS, Classes, classes_of, pool
+from vla_jax.few_shot_data import ALL, BASE, OBJECTS, Classes, classes_of, pool
 from vla_jax.few_shot_learners import (
-    ALL,
-    BASE,
     FrozenFeatures,
     Problem,
     Trained,

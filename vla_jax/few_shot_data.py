@@ -31,6 +31,10 @@ TEMPLATE = "a photo of a {}"
 """The sentence of sets that bring none of their own."""
 
 
+ALL, BASE = "all_classes", "base_to_novel"
+"""Folders of the runs that tell all classes apart, and of those that are trained on the base classes alone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Classes:
     """What is told apart, before any picture is read.

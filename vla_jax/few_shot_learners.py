@@ -32,9 +32,6 @@ from vla_jax.tasks.classification import ZeroShotClassification
 from vla_jax.training.sharding import batch_sharding, place, replicated
 from vla_jax.variants import Outcome, Probe, TaskData, Variant
 
-ALL, BASE = "all_classes", "base_to_novel"
-"""Folders of the runs that tell all classes apart, and of those that are trained on the base classes alone."""
-
 
 class FrozenFeatures:
     """The plain backbone's features of a pool's pictures and of its classes, computed once."""

@@ -21,8 +21,7 @@ from vla_jax.domain_data import DomainSizes, describe, domain_pictures
 from vla_jax.errors import UserError
 from vla_jax.evaluation.few_shot import split_classes
 from vla_jax.evaluation.scene_probe import SceneProbe
-from vla_jax.few_shot_data import TEMPLATE, classes_of, labels_of, sources_of
-from vla_jax.few_shot_learners import BASE
+from vla_jax.few_shot_data import BASE, TEMPLATE, classes_of, labels_of, sources_of
 from vla_jax.task_data import TASKS, Sizes, task_data, twin_pairs
 from vla_jax.task_kinds import Setup
 from vla_jax.tasks.classification import class_texts
