@@ -105,11 +105,12 @@ def test_when_one_is_killed_the_other_ends_and_the_next_start_goes_on(alone: Pat
     assert result(workdir) == result(alone)
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_another_number_of_processes_goes_on_from_it(alone: Path, stopped: Path, count: int) -> None:
-    workdir = stopped.with_name(f"by_{count}")
+@pytest.mark.parametrize(("count", "tensor"), [(1, 1), (4, 1), (4, 2)])
+def test_another_number_of_processes_goes_on_from_it(alone: Path, stopped: Path, count: int, tensor: int) -> None:
+    workdir = stopped.with_name(f"by_{count}_{tensor}")
     shutil.copytree(stopped, workdir)
-    finish([Run(workdir)] if count == 1 else together(workdir, count))
+    mesh = f"--config.mesh.tensor={tensor}"
+    finish([Run(workdir, mesh)] if count == 1 else together(workdir, count, mesh))
     assert steps(workdir) == list(range(1, 13))
     np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-5)
     assert result(workdir) == result(alone)
@@ -131,16 +132,27 @@ def test_what_one_refuses_all_refuse(tmp_path: Path) -> None:
     assert "error: unknown argument --config.stebs; did you mean --config.steps" in runs[1].said
 
 
-def test_a_tensor_axis_over_processes_is_refused(tmp_path: Path) -> None:
-    runs = together(tmp_path / "run", 2, "--config.mesh.tensor=2")
-    assert [run.end() for run in runs] == [2, 2]
-    assert "tensor, along which a batch is whole, reaches over processes" in runs[0].said
+@pytest.mark.parametrize("devices", [1, 2])
+def test_tensor_may_reach_over_processes(alone: Path, tmp_path: Path, devices: int) -> None:
+    """Two processes to a copy of the model then need the same rows, of which each reads its own."""
+    workdir = tmp_path / "run"
+    finish(together(workdir, 4, f"--config.mesh.tensor={2 * devices}", devices=devices))
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-5)
+    assert result(workdir) == result(alone)
 
 
-def test_a_comparison_chooses_and_finds_the_same_in_two_processes(tmp_path: Path) -> None:
+def test_a_tensor_axis_over_unequal_parts_of_processes_is_refused(tmp_path: Path) -> None:
+    runs = together(tmp_path / "run", 3, "--config.mesh.tensor=3", devices=2)
+    assert [run.end() for run in runs] == [2, 2, 2]
+    assert "mesh axis 'tensor' is 3, and a process has 2 devices" in runs[0].said
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_comparison_chooses_and_finds_the_same_in_two_processes(tmp_path: Path, tensor: int) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
+    mesh = f"--config.mesh.tensor={tensor}"
     finish([Run(one, experiment="toy_comparison")])
-    finish(together(two, 2, experiment="toy_comparison"))
+    finish(together(two, 2, mesh, experiment="toy_comparison"))
     expected = json.loads((one / "outcome.json").read_text())
     assert len(set(expected["validation"].values())) > 1  # there was something to choose
     assert json.loads((two / "outcome.json").read_text()) == expected
@@ -153,6 +165,6 @@ def test_a_comparison_chooses_and_finds_the_same_in_two_processes(tmp_path: Path
     # What is finished is read, by all processes.
     (two / "outcome.json").unlink()
     before = {name: (two / name).stat().st_mtime_ns for name in files(two)}
-    finish(together(two, 2, experiment="toy_comparison"))
+    finish(together(two, 2, mesh, experiment="toy_comparison"))
     assert json.loads((two / "outcome.json").read_text()) == expected
     assert {name: (two / name).stat().st_mtime_ns for name in files(two)} == before

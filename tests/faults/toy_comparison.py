@@ -28,6 +28,7 @@ VARIANT = Variant("linear", "linear head alone", rules="linear_probe", learning_
 class Config:
     preset: Literal["default"] = "default"
     batch_size: int = 8
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 PRESETS = {"default": Config()}
@@ -42,7 +43,7 @@ def source(count: int, seed: int) -> ArraySource:
 
 
 def check(config: Config) -> str:
-    check_batch(config.batch_size, make_mesh(MeshConfig()))
+    check_batch(config.batch_size, make_mesh(config.mesh))
     return "would compare"
 
 
@@ -60,7 +61,7 @@ def run(config: Config, workdir: Path) -> None:
     sizes = {"train": 40, "validation": 21, "test": 19}
     splits = {split: source(count, seed) for seed, (split, count) in enumerate(sizes.items())}
     data = TaskData(Matching("bright"), splits, as_rows)
-    comparison = Comparison(backbone(), data, budget, Compute(), make_mesh(MeshConfig()), workdir / "runs")
+    comparison = Comparison(backbone(), data, budget, Compute(), make_mesh(config.mesh), workdir / "runs")
     outcome = comparison.run(VARIANT)
     test = {name: np.asarray(found).tolist() for name, found in outcome.predictions["test"].items()}
     told = {

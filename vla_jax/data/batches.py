@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Sharding
 
 from vla_jax.data.pipeline import BatchIterator
-from vla_jax.errors import UserError
+from vla_jax.mesh import as_read
 
 
 class Batches(Iterator[dict[str, jax.Array]]):
@@ -33,7 +32,10 @@ class Batches(Iterator[dict[str, jax.Array]]):
             prefetch: batches held ready beyond the one handed out.
         """
         self._iterator = iterator
-        self._sharding = sharding
+        self._as_read = as_read(sharding)
+        # Where several processes need the same rows, each reads some of them and the devices exchange them: a picture
+        # is decoded once. Every process draws its batches in the same order, as programs over all devices must be.
+        self._exchange = jax.jit(lambda batch: batch, out_shardings=sharding) if self._as_read is not sharding else None
         self._prefetch = prefetch
         self._ahead: collections.deque[tuple[dict[str, jax.Array], dict[str, Any]]] = collections.deque()
         self._state = iterator.state()
@@ -73,15 +75,5 @@ class Batches(Iterator[dict[str, jax.Array]]):
             except StopIteration:
                 return
             # A batch may be more than a dict: one of a mixture says which task it is of.
-            arrays = jax.tree.map(self._placed, batch)
-            self._ahead.append((arrays, self._iterator.state()))
-
-    def _placed(self, rows: np.ndarray) -> jax.Array:
-        array = jax.make_array_from_process_local_data(self._sharding, rows)
-        if array.shape[0] != len(rows) * jax.process_count():
-            raise UserError(
-                "the mesh gives the same rows of a batch to several processes, which read different ones: its axis "
-                "tensor, along which a batch is whole, reaches over processes. Choose a size of it that divides the "
-                f"{jax.local_device_count()} devices of a process"
-            )
-        return array
+            arrays = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self._as_read, rows), batch)
+            self._ahead.append((self._exchange(arrays) if self._exchange else arrays, self._iterator.state()))

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vla_jax.errors import UserError
-from vla_jax.mesh import AXES, BATCH_AXES
+from vla_jax.mesh import AXES, BATCH_AXES, as_read
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Checks that a global batch can be cut into equal parts.
 
     Raises:
-        UserError: if it cannot; the message names the nearest sizes that can.
+        UserError: if it cannot; the message names the nearest sizes that can. Or if processes cannot share a batch on
+            this mesh, see :func:`vla_jax.mesh.as_read`.
     """
+    as_read(batch_sharding(mesh))
     parts = batch_parts(mesh)
     if batch_size < 1 or batch_size % parts:
         below = max(batch_size, 0) // parts * parts
