@@ -11,7 +11,7 @@ import pytest
 from small_clip import CONFIG
 
 from vla_jax import names
-from vla_jax.adapters import Bottleneck, Fusion, Placement, place
+from vla_jax.adapters import Bottleneck, Fusion, LoRA, Placement, place
 from vla_jax.backbones.clip import CLIP
 from vla_jax.backbones.clip_towers import pool_position
 from vla_jax.backbones.convert import abstract_params
@@ -367,6 +367,21 @@ def test_recomputation_changes_the_work_and_not_the_gradients():
             # Against the largest leaf's too, since the keys' biases have a gradient of zero but for rounding.
             error = np.linalg.norm(gradients[remat][name] - reference)
             assert error <= 1e-6 * max(np.linalg.norm(reference), largest), (remat, name)
+
+
+def test_what_comes_out_of_a_narrow_adapter_is_not_kept_for_the_backward_pass():
+    """A block keeps the results of its maps, and of adapters what is as narrow as their rank."""
+    plan = place(Placement(LoRA(rank=1), slots=("attn_q", "attn_v"), towers=("vision",)), CONFIG.towers)
+    images, tower = jnp.asarray(batch()[0]), CONFIG.vision
+
+    def features(params):
+        clip = CLIP(CONFIG, Compute(remat="dots"))
+        return clip.apply({"params": backbone()}, images, None, None, adapters=plan.bind(params)).image_features
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(features, params)[1], adapters(plan)))
+    activations = [leaf.shape for leaf in kept if leaf.shape[:3] == (tower.depth, *images.shape[:1], 5)]
+    # Beside the block's input: queries, keys, values, out, fc1; after fc2 there is only the sum.
+    assert sorted(shape[3] for shape in activations) == sorted([1, 1, *[tower.width] * 5, tower.mlp_width])
 
 
 @quick

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -23,9 +24,25 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 
+
+def worth_keeping(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """Whether a result is that of a weight product, and took much to compute for its size.
+
+    What comes out of a narrow adapter did not: it is as wide as what the frozen map beside it gives, for a fraction of
+    the products, and both have to be kept for a sum of them that the backward pass needs. A policy of
+    :func:`jax.checkpoint`.
+    """
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters):
+        return False
+    left, right = arguments
+    taken = math.prod(left.shape[axis] for axis in parameters["dimension_numbers"][0][0])
+    given = min(left.size, right.size) // taken
+    return given <= 4 * taken  # the map of a backbone that widens most is the first of an MLP, fourfold
+
+
 REMAT_POLICIES: Mapping[str, Any] = {
-    # Keeps the results of weight products and recomputes what lies between them: cheap to redo, most of the memory.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Keeps the results of large products and recomputes what lies between them: cheap to redo, most of the memory.
+    "dots": worth_keeping,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -71,7 +88,8 @@ class Compute:
     Attributes:
         dtype: of activations and products; LayerNorm statistics and softmax are float32 throughout.
         unroll: blocks per iteration of the scan; the depth unrolls it whole.
-        remat: what the backward pass recomputes: nothing, all but the weight products (``dots``), or a whole block.
+        remat: what the backward pass recomputes: nothing, all but the weight products (``dots``; those of narrow
+            adapters, which cost little, are recomputed too), or a whole block.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
