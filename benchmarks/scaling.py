@@ -20,15 +20,15 @@ from rich.progress import Progress
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # run as a script, from a checkout
 
-from benchmarks.measuring import TOKENS, alone  # noqa: E402
+from benchmarks.measuring import alone  # noqa: E402
 from benchmarks.report import Record, append_record, command_line, started  # noqa: E402
 from benchmarks.scaling_report import DOCUMENT, section, show  # noqa: E402
 from vla_jax.errors import UserError  # noqa: E402
-from vla_jax.flop import pair_flop  # noqa: E402
 
 OUTPUT = Path(__file__).with_name("scaling.jsonl")
 
 Method = Literal["lora", "full"]
+Remat = Literal["none", "dots", "full"]
 Way = Literal["data", "fsdp"]
 
 
@@ -37,11 +37,12 @@ class Options:
     """What is compiled.
 
     Attributes:
-        model: shape by preset name.
+        model: shape by preset name, or ``decoder_7b`` (``scaling_steps.py``), whose examples are texts of 512 tokens.
         methods: LoRA of rank 16 on queries and values of both towers, or full fine-tuning.
         ways: weights on every device (``data``), or cut over all of them (``fsdp``).
         devices: numbers of devices.
-        batch: pairs of a step on all devices together.
+        batch: examples of a step on all devices together.
+        remat: what the backward pass recomputes.
         output: file that the measurements are appended to, a JSON object a line.
         write_readme: whether to fill the results into the document.
     """
@@ -51,6 +52,7 @@ class Options:
     ways: tuple[Way, ...] = ("data", "fsdp")
     devices: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     batch: int = 4096
+    remat: Remat = "dots"
     output: Path = OUTPUT
     write_readme: bool = False
 
@@ -61,17 +63,17 @@ class Options:
 
 
 def measure_case(options: Options, method: Method, way: Way, devices: int) -> dict[str, Any]:
-    """What one step sends and holds: ``collectives``, bytes by kind; ``argument_bytes`` and ``temporary_bytes``."""
+    """What one step sends and holds.
+
+    ``collectives``, bytes by kind; ``argument_bytes`` and ``temporary_bytes`` by the compiler's account, and with
+    ``remat=full`` ``arithmetic_bytes`` by the document's terms.
+    """
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import jax.numpy as jnp
 
-    from vla_jax.adapters import LoRA, Placement
-    from vla_jax.backbones.loading import abstract_backbone
-    from vla_jax.backbones.transformer import Compute
-    from vla_jax.model import AdaptedModel
-    from vla_jax.tasks.retrieval import Retrieval
+    from benchmarks.scaling_steps import work
     from vla_jax.training.hlo import collective_bytes
     from vla_jax.training.optimizer import OptimizerConfig, make_optimizer
     from vla_jax.training.presets import preset
@@ -79,49 +81,44 @@ def measure_case(options: Options, method: Method, way: Way, devices: int) -> di
     from vla_jax.training.step import TrainState, make_train_step, step_shardings
     from vla_jax.training.table import ParameterTable
 
-    backbone = abstract_backbone(f"random:{options.model}")
-    config = backbone.config
-    placements = (Placement(LoRA(rank=16), slots=("attn_q", "attn_v")),) if method == "lora" else ()
-    model = AdaptedModel(backbone, Retrieval(), placements, Compute(remat="dots"))
+    given = work(options.model, method, options.batch, options.remat)
     mesh = make_mesh(MeshConfig() if way == "data" else MeshConfig(data=1, fsdp=devices))
-    table = ParameterTable(preset("adapters" if method == "lora" else "full")).resolve(model.shapes())
-    trainable, frozen = table.split(model.shapes())
+    table = ParameterTable(preset("adapters" if method == "lora" else "full")).resolve(given.shapes)
+    trainable, frozen = table.split(given.shapes)
     optimizer = make_optimizer(OptimizerConfig(1e-4, "constant"), table, trainable, 100)
     shardings = step_shardings(table, trainable, optimizer, mesh)
-    step = make_train_step(model.loss, optimizer, seed=0, shardings=shardings)
+    step = make_train_step(given.loss, optimizer, seed=0, shardings=shardings)
 
     def placed(shapes: Any, places: Any) -> Any:
         return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
 
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, trainable))
-    size, batch = config.image_size, options.batch
-    rows = {
-        "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),
-        "tokens": jax.ShapeDtypeStruct((batch, TOKENS), jnp.int32),
-        "text_mask": jax.ShapeDtypeStruct((batch, TOKENS), jnp.bool_),
-    }
     lowered = step.lower(
         placed(state, shardings.state),
         placed(frozen, shardings.frozen),
-        placed(rows, dict.fromkeys(rows, shardings.batch)),
+        placed(given.batch, dict.fromkeys(given.batch, shardings.batch)),
     )
     # What is sent does not depend on how good the machine code is, and making good code takes most of the time.
     program = lowered.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
     memory = program.memory_analysis()
+    parts = devices if way == "fsdp" else 1
+    # float32, with gradient and two moments where it is trained; adapters stay whole
+    weights = 4 * (table.total - table.trained) / parts + 16 * table.trained / (parts if method == "full" else 1)
     return {
         "collectives": collective_bytes(program),
         "argument_bytes": int(memory.argument_size_in_bytes),
         "temporary_bytes": int(memory.temp_size_in_bytes),
+        "arithmetic_bytes": int(weights + given.kept * options.batch / devices) if options.remat == "full" else None,
         "trained": table.trained,
         "parameters": table.total,
-        "flop": pair_flop(config, TOKENS, full=method == "full") * batch,
+        "flop": given.flop,
         "versions": {"jax": jax.__version__},
     }
 
 
 def measure(options: Options) -> list[Record]:
     """Compiles every case, appends its record to ``options.output`` and returns them."""
-    run, records = started("scaling") | {"model": options.model, "batch": options.batch}, []
+    run, records = started("scaling") | {"model": options.model, "batch": options.batch, "remat": options.remat}, []
     cases = [(method, way, n) for method in options.methods for way in options.ways for n in options.devices]
     with Progress() as progress:
         task = progress.add_task("", total=len(cases))

@@ -70,11 +70,12 @@ COLUMNS = (
     "trained",
     "weights",
     "devices",
-    "pairs a device",
+    "examples a device",
     "all-reduce, MB",
     "all-gather, MB",
     "reduce-scatter, MB",
     "held by a device, GiB",
+    "by arithmetic, GiB",
     *(f"{hardware.name}, % computing" for hardware in HARDWARE),
 )
 
@@ -94,11 +95,12 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
     for record in records:
         sent = record["collectives"]
         megabytes = [f"{sent[kind] / 1e6:.1f}" for kind in ("all-reduce", "all-gather", "reduce-scatter")]
-        held = (record["argument_bytes"] + record["temporary_bytes"]) / 2**30
+        held = [record["argument_bytes"] + record["temporary_bytes"], record.get("arithmetic_bytes")]
+        gibibytes = [f"{count / 2**30:.2f}" if count else "" for count in held]
         shares = [f"{100 * hardware.efficiency(record):.0f}" for hardware in HARDWARE]
         names = [record["model"], METHODS[record["method"]], WAYS[record["way"]]]
         counts = [str(record["devices"]), str(record["batch"] // record["devices"])]
-        found.append([*names, *counts, *megabytes, f"{held:.2f}", *shares])
+        found.append([*names, *counts, *megabytes, *gibibytes, *shares])
     return found
 
 
@@ -138,7 +140,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
             )
         axes.axhline(100 * GOOD, color=SOFT, linewidth=0.8)
         axes.set_xscale("log", base=2)
-        axes.set_title(f"{hardware.name}: {model}, {records[0]['batch']:,} pairs a step", loc="left", fontsize=11)
+        axes.set_title(f"{hardware.name}: {model}, {records[0]['batch']:,} examples a step", loc="left", fontsize=11)
         axes.set_xlabel("devices")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("share of a step spent computing, %")
