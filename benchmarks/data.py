@@ -130,17 +130,37 @@ def transforms(workload: Workload) -> tuple[Any, Any]:
     return Preprocess(processor), Tokenize(tiny.tokenizer, TEXT)
 
 
-class Pictures:
-    """PyTorch's view of the examples: rows by position, as its collation takes them."""
+class Repeated:
+    """So many examples, the same ones again and again: a data set as large as what is read of it."""
 
-    def __init__(self, examples: Sequence[dict[str, Any]], preprocess: Any, tokenize: Any, length: int):
-        self.examples, self.preprocess, self.tokenize, self.length = examples, preprocess, tokenize, length
+    def __init__(self, examples: Sequence[dict[str, Any]], length: int):
+        self.examples, self.length = examples, length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index % len(self.examples)]
+        return self.examples[index % len(self.examples)]
+
+
+def make_source(options: Options, workload: Workload, training: bool) -> Repeated:
+    """The examples of both frameworks; without training, each of them once."""
+    examples = make_pictures(workload)
+    count = (options.warm_up + options.batches + 1) * options.batch if training else len(examples)
+    return Repeated(examples, count)
+
+
+class Pictures:
+    """PyTorch's view of the examples: rows by position, as its collation takes them."""
+
+    def __init__(self, source: Repeated, preprocess: Any, tokenize: Any):
+        self.source, self.preprocess, self.tokenize = source, preprocess, tokenize
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.source[index]
         tokens, mask = self.tokenize(example["text"])
         return {"image": self.preprocess(example["image"]), "tokens": tokens, "text_mask": mask}
 
@@ -150,16 +170,15 @@ def our_batches(options: Options, workload: Workload, workers: int, training: bo
     from vla_jax.data.pipeline import Pipeline, TransformExample
 
     transform = TransformExample(*transforms(workload))
-    return iter(Pipeline(make_pictures(workload), transform, options.batch, training, workers=workers))
+    source = make_source(options, workload, training)
+    return iter(Pipeline(source, transform, options.batch, training, workers=workers))
 
 
 def peer_batches(options: Options, workload: Workload, workers: int, training: bool) -> Iterator[Any]:
-    """The same of PyTorch; training ends after as many batches as are asked for."""
+    """The same of PyTorch."""
     from torch.utils.data import DataLoader
 
-    examples = make_pictures(workload)
-    count = (options.warm_up + options.batches + 1) * options.batch if training else len(examples)
-    pictures = Pictures(examples, *transforms(workload), count)
+    pictures = Pictures(make_source(options, workload, training), *transforms(workload))
     return iter(DataLoader(pictures, options.batch, shuffle=training, num_workers=workers, drop_last=training))
 
 
@@ -200,10 +219,11 @@ def measure_framework(framework: str, options: Options, workload: Workload, work
     start, used = time.perf_counter(), processor_seconds()
     for _ in range(options.batches):
         next(batches)
+    found = {"seconds": time.perf_counter() - start, "processor_seconds": processor_seconds() - used}
+    if framework == "vla_jax":
+        batches.close()  # or Grain complains of its workers when the process ends
     package = "grain" if framework == "vla_jax" else "torch"
-    return {
-        "seconds": time.perf_counter() - start,
-        "processor_seconds": processor_seconds() - used,
+    return found | {
         "versions": {package: importlib.metadata.version(package)},
     }
 
