@@ -126,10 +126,11 @@ def test_route_and_label_fields(transform):
         plain({**example, "captions": []})
 
 
-def test_each_epoch_is_another_permutation():
-    batches = take(pipeline(examples(12), 4), 9)
-    epochs = np.concatenate([batch["index"] for batch in batches]).reshape(3, 12)
-    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(12), (3, 1)))
+@pytest.mark.parametrize("count", [12, 4200])  # few are shuffled otherwise than many
+def test_each_epoch_is_another_permutation(count):
+    batches = take(pipeline(examples(count), count // 3), 9)
+    epochs = np.concatenate([batch["index"] for batch in batches]).reshape(3, count)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(count), (3, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 3
     for batch in batches:
         np.testing.assert_array_equal(batch["value"], 100 + batch["index"])
