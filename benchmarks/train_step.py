@@ -20,7 +20,7 @@ from rich.progress import Progress
 # The script is run from a checkout; a checkout need not be installed.
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from benchmarks.measuring import alone, prepare  # noqa: E402
+from benchmarks.measuring import TOKENS, alone, prepare  # noqa: E402
 from benchmarks.report import append_record, command_line, started  # noqa: E402
 from benchmarks.train_step_report import section, show  # noqa: E402
 from benchmarks.training import Case, Method, Remat, measure_ours, measure_peer  # noqa: E402
