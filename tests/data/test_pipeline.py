@@ -126,7 +126,7 @@ def test_route_and_label_fields(transform):
         plain({**example, "captions": []})
 
 
-@pytest.mark.parametrize("count", [12, 4200])  # few are shuffled otherwise than many
+@pytest.mark.parametrize("count", [12, 4200])
 def test_each_epoch_is_another_permutation(count):
     batches = take(pipeline(examples(count), count // 3), 9)
     epochs = np.concatenate([batch["index"] for batch in batches]).reshape(3, count)

@@ -27,7 +27,7 @@ from absl import flags
 
 from vla_jax.data.batch_iterator import ENOUGH_TO_JUDGE, BatchIterator
 from vla_jax.data.boxes import View
-from vla_jax.data.stages import FillBatch, FullBatches, Gap, Guarded, Numbered, Row, Share, Source, Transform, shuffled
+from vla_jax.data.stages import FillBatch, FullBatches, Gap, Guarded, Numbered, Row, Share, Source, Transform
 from vla_jax.errors import UserError, unknown
 
 __all__ = ["BatchIterator", "Part", "Pipeline", "TransformExample"]
@@ -189,7 +189,7 @@ class Pipeline:
 
     def _ordered(self, examples: grain.MapDataset) -> grain.MapDataset:
         """The endless order in which training takes examples."""
-        return shuffled(examples, self.seed).repeat()
+        return examples.shuffle().repeat()
 
     def dataset(self, start: int = 0) -> grain.IterDataset:
         """The batches of this process, from the batch ``start`` on."""

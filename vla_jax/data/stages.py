@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -81,44 +80,6 @@ class FillBatch:
             "seen": sum(not isinstance(row, Gap) or row.name is not None for row in rows),
             "skipped": [row.name for row in rows if isinstance(row, Gap) and row.name is not None],
         }
-
-
-# Grain's shuffle looks for the place of one of few examples among many more: 2.5 ms an example for 10 of them, 0.1 for
-# 256, and 0.01 from about here on.
-_FEW = 4096
-
-
-def shuffled(examples: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """Examples in an order that is drawn anew each epoch; an index beyond the last goes on into further epochs.
-
-    Args:
-        examples: seeded with ``seed``.
-        seed: of the order.
-    """
-    return _FewShuffled(examples, seed) if len(examples) < _FEW else examples.shuffle()
-
-
-class _FewShuffled(grain.MapDataset):
-    """A shuffle that draws the order of a whole epoch at once."""
-
-    def __init__(self, parent: grain.MapDataset, seed: int):
-        super().__init__(parent)
-        self._own_seed = seed
-
-    def __len__(self) -> int:
-        return len(self._parent)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        length = len(self)
-        epoch, place = divmod(index, length)
-        return self._parent[epoch * length + int(_order(self._own_seed, epoch, length)[place])]
-
-
-@functools.lru_cache(maxsize=64)  # threads read ahead into the next epoch, and mixtures have a stream for each task
-def _order(seed: int, epoch: int, length: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(length)
 
 
 class FullBatches(grain.IterDataset):
