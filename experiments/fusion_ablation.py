@@ -42,6 +42,7 @@ from vla_jax.variants import Budget, Outcome, TaskData, Variant
 TASKS = ("statements", "easy_vqa")
 FUSED = ("gate", "attention", "gate_attention")
 PLACED = ("best_early", "best_late")
+EARLY_AND_LATE = tuple(f"{mix}_{layers}" for mix in ("independent", *FUSED) for layers in ("early", "late"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Config(RunConfig):
 
     Attributes:
         tasks: which tasks, of ``statements`` and ``easy_vqa``.
-        variants: which variants, in the order of the table; all of them if empty.
+        variants: which variants, in the order of the table; if empty, those of :data:`VARIANTS`.
         rank: width of the bottlenecks.
         heads: attention heads of the fusion adapters.
         lora_rank: rank of LoRA on queries and values.
@@ -98,8 +99,8 @@ class Config(RunConfig):
             if name not in TASKS:
                 raise unknown("task", name, TASKS)
         for name in self.variants:
-            if name not in VARIANTS:
-                raise unknown("variant", name, VARIANTS)
+            if name not in (*VARIANTS, *EARLY_AND_LATE):
+                raise unknown("variant", name, (*VARIANTS, *EARLY_AND_LATE))
         for position, name in enumerate(self.variants):
             if name in PLACED and not set(FUSED) & set(self.variants[:position]):
                 raise UserError(f"variant {name!r} places the best of {', '.join(FUSED)}; put one of those before it")
@@ -124,20 +125,12 @@ PRESETS = {
     ),
     "full": Config(
         preset="full",
-        adapter_rates=(1e-3, 2e-3, 6e-3),
-        full_rates=(1e-4, 3e-4, 1e-3),
-        control_rates=(3e-4, 1e-3),
-        budget=Budget(
-            steps=4000,
-            selection_share=1.0,
-            batch_size=128,
-            seeds=(0, 1, 2),
-            optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
+        variants=(
+            "linear",
+            *(name for mix in ("independent", *FUSED) for name in (mix, f"{mix}_early", f"{mix}_late")),
+            *("tied", "lora", "full", "text_only", "image_only"),
         ),
-        train=100_000,
-        validation=4_000,
-        test=8_000,
-        quadruples=1_000,
+        budget=dataclasses.replace(Config().budget, seeds=(0, 1, 2)),
     ),
 }
 
@@ -170,20 +163,32 @@ def _variant(config: Config, name: str) -> Variant:
     if name == "lora":
         placement = Placement(LoRA(rank=config.lora_rank, alpha=2.0 * config.lora_rank), slots=("attn_q", "attn_v"))
         return Variant(name, "LoRA on q, v", placements=(placement,), group="independent", **rates)
-    if name in ("independent", "tied"):
-        title = "independent bottlenecks" if name == "independent" else "tied bottlenecks"
-        method = Fusion(rank=config.rank, mix="none", shared=name == "tied")
-        return Variant(name, title, placements=(Placement(method),), group="independent", **rates)
-    return _fused(config, name, name, "all")
+    if name == "tied":
+        placement = Placement(Fusion(rank=config.rank, mix="none", shared=True))
+        return Variant(name, "tied bottlenecks", placements=(placement,), group="independent", **rates)
+    mix, layers = name.rsplit("_", 1) if name in EARLY_AND_LATE else (name, "all")
+    return _placed(config, name, mix, layers)
 
 
-def _fused(config: Config, name: str, mix: str, layers: str) -> Variant:
-    method = Fusion(rank=config.rank, heads=config.heads, mix=mix)
-    title = {"gate": "gated fusion", "attention": "attention fusion", "gate_attention": "gate and attention"}[mix]
-    if name in PLACED:  # which one is best may differ from task to task
-        title = f"best fusion, {layers} layers"
-    placement = Placement(method, layers=layers)
-    return Variant(name, title, placements=(placement,), group="fusion", learning_rates=config.adapter_rates)
+_TITLES = {
+    "independent": "independent bottlenecks",
+    "gate": "gated fusion",
+    "attention": "attention fusion",
+    "gate_attention": "gate and attention",
+}
+
+
+def _placed(config: Config, name: str, mix: str, layers: str) -> Variant:
+    fused = mix != "independent"
+    title = "best fusion" if name in PLACED else _TITLES[mix]  # which one is best may differ from task to task
+    method = Fusion(rank=config.rank, heads=config.heads, mix=mix) if fused else Fusion(rank=config.rank, mix="none")
+    return Variant(
+        name,
+        title if layers == "all" else f"{title}, {layers} layers",
+        placements=(Placement(method, layers=layers),),
+        group="fusion" if fused else "independent",
+        learning_rates=config.adapter_rates,
+    )
 
 
 def check(config: Config) -> Any:
@@ -242,7 +247,7 @@ def _in_order(config: Config, backbone: Backbone, outcomes: dict[str, Outcome]) 
         elif name in PLACED:
             fused = [outcomes[mix] for mix in FUSED if mix in outcomes]
             best = max(fused, key=lambda outcome: outcome.validated).variant.name
-            yield _fused(config, name, best, name.removeprefix("best_"))
+            yield _placed(config, name, best, name.removeprefix("best_"))
 
 
 def _sizes(config: Config) -> Sizes:

@@ -17,6 +17,7 @@ from light_examples import Noisy, Wearing
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from vla_jax.data import pipeline as module
 from vla_jax.data.batches import Batches
 from vla_jax.data.image import Preprocess
 from vla_jax.data.pipeline import BatchIterator, Pipeline, TransformExample
@@ -126,7 +127,7 @@ def test_route_and_label_fields(transform):
         plain({**example, "captions": []})
 
 
-@pytest.mark.parametrize("count", [12, 4200])
+@pytest.mark.parametrize("count", [12, 4200])  # few are shuffled otherwise than many
 def test_each_epoch_is_another_permutation(count):
     batches = take(pipeline(examples(count), count // 3), 9)
     epochs = np.concatenate([batch["index"] for batch in batches]).reshape(3, count)
@@ -180,18 +181,19 @@ def test_a_process_without_examples_still_has_its_batches():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_resuming_is_exact(training, workers):
+@pytest.mark.parametrize("size", [4, 24])  # 16 rows are read at once: a batch and more, or less than one
+def test_resuming_is_exact(training, workers, size):
     # Bad pictures on the way shift what a batch has read, and their count is part of the state.
     settings = {"workers": workers, "max_bad_share": 0.3}
-    source = examples(50, bad=(3, 7, 8, 20))
-    with started(pipeline(source, 4, training, **settings)) as iterator:
+    source = examples(15 * size - 10, bad=(3, 7, 8, 20))
+    with started(pipeline(source, size, training, **settings)) as iterator:
         before = list(islice(iterator, 5))
         taken = iterator.state()
         state = json.loads(json.dumps(taken))
         after = list(islice(iterator, 7))
         assert taken == state  # what was handed out does not change
         end = (iterator.seen, iterator.skipped)
-        with started(pipeline(source, 4, training, **settings)) as resumed:
+        with started(pipeline(source, size, training, **settings)) as resumed:
             resumed.restore(state)
             assert_same(list(islice(resumed, 7)), after)
             assert (resumed.seen, resumed.skipped) == end
@@ -199,10 +201,25 @@ def test_resuming_is_exact(training, workers):
             assert_same(list(islice(resumed, 2)), after[:2])
             if workers:
                 # As many rows come, and where the order is fixed the same ones, with workers as without.
-                plain = take(pipeline(source, 4, training, max_bad_share=0.3), 12)
+                plain = take(pipeline(source, size, training, max_bad_share=0.3), 12)
                 assert len(plain) == len(before + after)
                 if not training:
                     assert_same(before + after, plain)
+
+
+def test_how_many_rows_are_read_at_once_changes_nothing(monkeypatch):
+    batches = pipeline(examples(50, bad=(3, 7, 8, 20)), 10, max_bad_share=0.3)
+    whole = take(batches, 9)
+    with started(batches) as iterator:
+        list(islice(iterator, 4))
+        state = iterator.state()
+    for rows in (1, 3, 10):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", rows)
+        assert batches.rows_at_once == rows
+        assert_same(take(batches, 9), whole)
+        with started(batches) as iterator:
+            iterator.restore(state)
+            assert_same(list(islice(iterator, 5)), whole[4:])
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1)])
@@ -348,6 +365,15 @@ def test_batches_lie_on_the_mesh(sharding):
                     [{name: array for name, array in expected.items() if name != "noise"}])  # fmt: skip
         assert all(array.sharding.is_equivalent_to(sharding, array.ndim) for array in batch.values())
         assert batch["value"].addressable_shards[0].data.shape == (2,)
+    batches.close()
+
+
+def test_rows_of_several_processes_are_not_taken_for_the_same(sharding, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    whole = NamedSharding(sharding.mesh, PartitionSpec())  # a batch that every process must hold whole
+    batches = Batches(BatchIterator(pipeline(examples(30), 8)), whole)
+    with pytest.raises(UserError, match="8 rows of a batch to 2 processes that read 8 each"):
+        next(batches)
     batches.close()
 
 

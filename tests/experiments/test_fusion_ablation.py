@@ -109,6 +109,24 @@ def test_every_variant_is_what_it_is_called(config, small_backbone_folder):
     assert {name for name, v in found.items() if v.rules == "full"} == {"text_only", "image_only", "full"}
 
 
+def test_the_full_preset_has_every_fusion_and_the_independent_adapters_in_every_place(config, small_backbone_folder):
+    full = PRESETS["full"]
+    backbone = load_backbone(str(small_backbone_folder))
+    found = {v.name: v for v in variants(dataclasses.replace(config, variants=full.variants), backbone)}
+    assert tuple(found) == full.variants
+    assert set(VARIANTS) - set(found) == set(PLACED)
+    places = {}
+    for name, variant in found.items():
+        if variant.placements and isinstance(method := variant.placements[0].method, Fusion) and not method.shared:
+            places.setdefault(method.mix, []).append((variant.placements[0].layers, name, variant.group))
+    assert places == {
+        mix: [(layers, name if layers == "all" else f"{name}_{layers}", group) for layers in ("all", "early", "late")]
+        for mix, name, group in [("none", "independent", "independent"), *((mix, mix, "fusion") for mix in FUSED)]
+    }
+    assert len({variant.title for variant in found.values()}) == len(found)
+    assert len(full.budget.seeds) == 3
+
+
 def test_the_dry_run_counts_what_each_variant_trains(config):
     printed = _printed(check(dataclasses.replace(config, variants=("linear", "gate"))))
     assert f"{4 * 8 + 1}" in next(line for line in printed.splitlines() if "linear head alone" in line)

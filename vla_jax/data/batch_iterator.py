@@ -102,7 +102,8 @@ class BatchIterator(Iterator[Row]):
         return Reader(functools.partial(pipeline.dataset, start), pipeline.workers, pipeline.patience)
 
     def _setup(self) -> dict[str, Any]:
-        fields = ("process_index", "process_count")
+        # Workers take groups of rows in turn; without them the order is the same however rows are grouped.
+        fields = ("process_index", "process_count", *(["rows_at_once"] if self._pipeline.workers else []))
         return self._shared_setup() | {name: getattr(self._pipeline, name) for name in fields}
 
     def _shared_setup(self) -> dict[str, Any]:

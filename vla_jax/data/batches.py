@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
 from vla_jax.data.pipeline import BatchIterator
+from vla_jax.errors import UserError
 from vla_jax.mesh import as_read
 
 
@@ -75,5 +77,16 @@ class Batches(Iterator[dict[str, jax.Array]]):
             except StopIteration:
                 return
             # A batch may be more than a dict: one of a mixture says which task it is of.
-            arrays = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self._as_read, rows), batch)
+            arrays = jax.tree.map(self._placed, batch)
             self._ahead.append((self._exchange(arrays) if self._exchange else arrays, self._iterator.state()))
+
+    def _placed(self, rows: np.ndarray) -> jax.Array:
+        array = jax.make_array_from_process_local_data(self._as_read, rows)
+        # Only the project's own axes are known well enough to be mended.
+        if array.shape[0] != len(rows) * jax.process_count():
+            raise UserError(
+                f"the sharding {self._as_read} gives {array.shape[0]} rows of a batch to {jax.process_count()} "
+                f"processes that read {len(rows)} each: some would hold the same rows and have read others. Cut the "
+                "batch along every axis of the mesh that reaches over processes"
+            )
+        return array

@@ -13,7 +13,7 @@ import numpy as np
 from vla_jax.data.mixing import Interleaving
 from vla_jax.data.mixture import Mixture, check_setup
 from vla_jax.data.pipeline import BatchIterator, Pipeline
-from vla_jax.data.stages import Guarded, Row, Source, Transform
+from vla_jax.data.stages import Guarded, Row, Source, Transform, shuffled
 from vla_jax.errors import UserError
 
 
@@ -60,9 +60,10 @@ class _Stream(Pipeline):
         if self.interleaving is None:
             return super()._ordered(examples)
         starts = (0, *self.ends[:-1])
+        seeds = [(self.seed + number) % 2**32 for number in range(len(starts))]
         tasks = [
-            examples[start:end].seed((self.seed + number) % 2**32).shuffle().repeat()
-            for number, (start, end) in enumerate(zip(starts, self.ends, strict=True))
+            shuffled(examples[start:end].seed(seed), seed).repeat()
+            for seed, start, end in zip(seeds, starts, self.ends, strict=True)
         ]
         return _Interleaved(tasks, self.interleaving).seed(self.seed)
 

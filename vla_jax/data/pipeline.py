@@ -27,13 +27,17 @@ from absl import flags
 
 from vla_jax.data.batch_iterator import ENOUGH_TO_JUDGE, BatchIterator
 from vla_jax.data.boxes import View
-from vla_jax.data.stages import FillBatch, FullBatches, Gap, Guarded, Numbered, Row, Share, Source, Transform
+from vla_jax.data.stages import FillBatch, FullBatches, Gap, Groups, Guarded, Numbered, Row, Source, Transform, shuffled
 from vla_jax.errors import UserError, unknown
 
 __all__ = ["BatchIterator", "Part", "Pipeline", "TransformExample"]
 
 Part = Callable[[Mapping[str, Any], Sequence[View], np.random.Generator | None], Row]
 """What a task adds to a row: of the raw example, the views of its pictures and the generator (None in evaluation)."""
+
+
+ROWS_AT_ONCE = 16
+"""More would hand them over more cheaply by little, and leave threads without work in batches of few rows."""
 
 
 @dataclass(frozen=True)
@@ -183,30 +187,37 @@ class Pipeline:
         return BatchIterator(self)
 
     @property
+    def rows_at_once(self) -> int:
+        """Rows that one thread reads and hands over together in training."""
+        return min(ROWS_AT_ONCE, self.local_batch_size)
+
+    @property
     def enough_to_judge(self) -> int:
         """Examples after which the share of unreadable pictures says something."""
         return min(ENOUGH_TO_JUDGE, math.ceil(len(self.source) / self.process_count))
 
     def _ordered(self, examples: grain.MapDataset) -> grain.MapDataset:
         """The endless order in which training takes examples."""
-        return examples.shuffle().repeat()
+        return shuffled(examples, self.seed).repeat()
 
     def dataset(self, start: int = 0) -> grain.IterDataset:
         """The batches of this process, from the batch ``start`` on."""
-        size = self.local_batch_size
+        size, group = self.local_batch_size, self.rows_at_once
         threads = min(8, os.cpu_count() or 1)
         # Randomness is drawn before the processes take their shares, so that it does not depend on their number.
         if self.training:
             examples = grain.MapDataset.source(Numbered(self.source, len(self.source))).seed(self.seed)
-            rows = self._share(self._ordered(examples).random_map(Guarded(self.transform)), start)
-            reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size)
-            dataset = FullBatches(rows.to_iter_dataset(reading), size, self.enough_to_judge)
+            rows = self._ordered(examples).random_map(Guarded(self.transform))
+            ahead = max(threads, math.ceil(2 * size / group))
+            reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+            groups = Groups(rows, group, *self._part, start).to_iter_dataset(reading)
+            dataset = FullBatches(groups, group, size, self.enough_to_judge)
         else:
             # Batches are made before the workers take their shares, so that only the last batch is incomplete.
             examples = grain.MapDataset.source(Numbered(self.source, len(self) * self.batch_size))
-            rows = self._share(examples.map(Guarded(self.transform)), start)
-            batches = rows.batch(size, batch_fn=FillBatch(self._first_readable()))
-            dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+            batches = Groups(examples.map(Guarded(self.transform)), size, *self._part, start)
+            reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+            dataset = batches.map(FillBatch(self._first_readable())).to_iter_dataset(reading)
         if self.workers:
             if not flags.FLAGS.is_parsed():
                 # Grain hands its absl flags to the workers, and absl refuses before it has seen a command line.
@@ -216,11 +227,10 @@ class Pipeline:
             )
         return dataset
 
-    def _share(self, rows: grain.MapDataset, start: int) -> grain.MapDataset:
-        """This process's rows of the batches from ``start`` on."""
-        if self.process_count == 1 and not start:
-            return rows
-        return Share(rows, self.batch_size, self.process_index, self.process_count, start)
+    @property
+    def _part(self) -> tuple[int, int, int]:
+        """How batches are shared, and which share this is."""
+        return self.batch_size, self.process_index, self.process_count
 
     def _first_readable(self) -> Row:
         """The row that fills the gaps of evaluation batches."""
