@@ -9,9 +9,9 @@ neither the text nor the picture alone tells), and the questions of easy-VQA. Ev
 linear head; its learning rate is chosen on validation data. ``independent`` is the fusion adapter without fusion: the
 same bottlenecks in the same places. Models that judge statements also score Winoground-format quadruples of scenes.
 
-Cost of the default: 25 minutes on two CPU cores. What came out (one seed, 200 steps): on statements no fusion adapter
-beats independent bottlenecks, and fusion at fewer layers loses 1.6 to 1.8 points; on easy-VQA attention gains 3.2
-points [2.0, 4.4], gate and attention 4.1 [2.9, 5.3], LoRA 8.1 [6.8, 9.3]. Full fine-tuning is well above chance on
+Cost of the default: 24 minutes on two CPU cores. What came out (one seed, 200 steps): on statements no fusion adapter
+beats independent bottlenecks, and fusion at fewer layers loses 1.8 to 1.9 points; on easy-VQA attention gains 2.9
+points [1.6, 4.1], gate and attention 4.0 [2.9, 5.3], LoRA 8.1 [6.8, 9.3]. Full fine-tuning is well above chance on
 every kind of statement (binding 75.9, relations 81.2, counts 65.3). The table is in ``docs/fusion_ablation``.
 """
 

@@ -6,12 +6,15 @@ import contextlib
 import io
 import json
 import logging
+import math
 from collections import Counter
 from itertools import islice
+from multiprocessing import shared_memory
 
 import jax
 import numpy as np
 import pytest
+from grain.multiprocessing import SharedMemoryArray
 from jax.sharding import NamedSharding, PartitionSpec
 from light_examples import Noisy, Wearing
 from PIL import Image
@@ -21,6 +24,7 @@ from vla_jax.data import pipeline as module
 from vla_jax.data.batches import Batches
 from vla_jax.data.image import Preprocess
 from vla_jax.data.pipeline import BatchIterator, Pipeline, TransformExample
+from vla_jax.data.stages import LEAST_SHARED, Stacked
 from vla_jax.data.text import Tokenize, train_word_tokenizer
 from vla_jax.errors import UserError
 
@@ -181,7 +185,7 @@ def test_a_process_without_examples_still_has_its_batches():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("size", [4, 24])  # 16 rows are read at once: a batch and more, or less than one
+@pytest.mark.parametrize("size", [4, 24])  # 8 rows are read at once: more than a batch, or less
 def test_resuming_is_exact(training, workers, size):
     # Bad pictures on the way shift what a batch has read, and their count is part of the state.
     settings = {"workers": workers, "max_bad_share": 0.3}
@@ -207,12 +211,14 @@ def test_resuming_is_exact(training, workers, size):
                     assert_same(before + after, plain)
 
 
-def test_how_many_rows_are_read_at_once_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("quick", [0.0, math.inf])
+def test_how_rows_are_read_changes_nothing(monkeypatch, quick):
     batches = pipeline(examples(50, bad=(3, 7, 8, 20)), 10, max_bad_share=0.3)
     whole = take(batches, 9)
     with started(batches) as iterator:
         list(islice(iterator, 4))
         state = iterator.state()
+    monkeypatch.setattr(module, "QUICK", quick)  # by threads side by side, or by one
     for rows in (1, 3, 10):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", rows)
         assert batches.rows_at_once == rows
@@ -220,6 +226,49 @@ def test_how_many_rows_are_read_at_once_changes_nothing(monkeypatch):
         with started(batches) as iterator:
             iterator.restore(state)
             assert_same(list(islice(iterator, 5)), whole[4:])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"a": np.zeros(3, np.float32)}, r"differ in 'a': float32 \[2\], then float32 \[3\]"),
+        ({"a": np.zeros(2)}, r"differ in 'a': float32 \[2\], then float64 \[2\]"),
+        ({"a": np.zeros(2, np.float32), "b": np.zeros(2)}, "differ in b"),
+    ],
+)
+def test_rows_that_make_no_batch_are_named(other, message):
+    batch = Stacked(2, shared=False)
+    batch.add({"a": np.zeros(2, np.float32)})
+    with pytest.raises(ValueError, match=message):
+        batch.add(other)
+
+
+def test_large_arrays_are_shared_and_those_of_a_batch_that_is_given_up_are_freed():
+    row = {"large": np.arange(LEAST_SHARED // 8, dtype=np.float32), "small": np.zeros(3)}
+    batch = Stacked(2, shared=True)
+    batch.add(row)
+    given_up = Stacked(2, shared=True)
+    given_up.add(row)
+    assert given_up.arrays() == {}
+    batch.add(row)
+    arrays = batch.arrays()
+    np.testing.assert_array_equal(arrays["large"], np.stack([row["large"]] * 2))
+    assert (type(arrays["large"]), type(arrays["small"])) == (SharedMemoryArray, np.ndarray)
+    name = given_up._arrays["large"].shm.name
+    del given_up
+    with pytest.raises(FileNotFoundError):
+        shared_memory.SharedMemory(name)
+    arrays["large"].unlink_on_del()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+def test_workers_hand_over_large_arrays_alone_in_shared_memory(transform, training):
+    source = list(picture_examples(24))
+    with started(Pipeline(source, transform, 24, training, workers=1, process_index=0, process_count=1)) as iterator:
+        batch = next(iterator)
+    assert batch["image"].nbytes >= LEAST_SHARED > batch["tokens"].nbytes
+    assert {name for name, array in batch.items() if isinstance(array, SharedMemoryArray)} == {"image"}
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1)])

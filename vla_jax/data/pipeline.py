@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,19 @@ from absl import flags
 
 from vla_jax.data.batch_iterator import ENOUGH_TO_JUDGE, BatchIterator
 from vla_jax.data.boxes import View
-from vla_jax.data.stages import FillBatch, FullBatches, Gap, Groups, Guarded, Numbered, Row, Source, Transform, shuffled
+from vla_jax.data.stages import (
+    LEAST_SHARED,
+    FillBatch,
+    FullBatches,
+    Gap,
+    Groups,
+    Guarded,
+    Numbered,
+    Row,
+    Source,
+    Transform,
+    shuffled,
+)
 from vla_jax.errors import UserError, unknown
 
 __all__ = ["BatchIterator", "Part", "Pipeline", "TransformExample"]
@@ -36,7 +49,10 @@ Part = Callable[[Mapping[str, Any], Sequence[View], np.random.Generator | None],
 """What a task adds to a row: of the raw example, the views of its pictures and the generator (None in evaluation)."""
 
 
-ROWS_AT_ONCE = 16
+QUICK = 0.5e-3
+"""Seconds that a row of pictures of 64 pixels does not take, and one of a photograph takes many times over."""
+
+ROWS_AT_ONCE = 8
 """More would hand them over more cheaply by little, and leave threads without work in batches of few rows."""
 
 
@@ -202,30 +218,44 @@ class Pipeline:
 
     def dataset(self, start: int = 0) -> grain.IterDataset:
         """The batches of this process, from the batch ``start`` on."""
-        size, group = self.local_batch_size, self.rows_at_once
-        threads = min(8, os.cpu_count() or 1)
+        size, group, quick = self.local_batch_size, self.rows_at_once, self._is_quick()
+        # Threads read rows side by side while these leave the interpreter alone, as large pictures do. Small ones
+        # spend their time in it, and threads would take its lock from one another many times a row.
+        threads = 1 if quick else min(8, os.cpu_count() or 1)
         # Randomness is drawn before the processes take their shares, so that it does not depend on their number.
         if self.training:
-            examples = grain.MapDataset.source(Numbered(self.source, len(self.source))).seed(self.seed)
+            examples = Numbered(self.source, len(self.source)).seed(self.seed)
             rows = self._ordered(examples).random_map(Guarded(self.transform))
-            ahead = max(threads, math.ceil(2 * size / group))
+            ahead = 0 if quick else max(threads, math.ceil(2 * size / group))
             reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
             groups = Groups(rows, group, *self._part, start).to_iter_dataset(reading)
-            dataset = FullBatches(groups, group, size, self.enough_to_judge)
+            dataset = FullBatches(groups, group, size, self.enough_to_judge, bool(self.workers))
+            if quick and not self.workers:
+                dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=2)
         else:
             # Batches are made before the workers take their shares, so that only the last batch is incomplete.
-            examples = grain.MapDataset.source(Numbered(self.source, len(self) * self.batch_size))
+            examples = Numbered(self.source, len(self) * self.batch_size)
             batches = Groups(examples.map(Guarded(self.transform)), size, *self._part, start)
             reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-            dataset = batches.map(FillBatch(self._first_readable())).to_iter_dataset(reading)
+            dataset = batches.map(FillBatch(self._first_readable(), bool(self.workers))).to_iter_dataset(reading)
         if self.workers:
             if not flags.FLAGS.is_parsed():
                 # Grain hands its absl flags to the workers, and absl refuses before it has seen a command line.
                 flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(
+            sharing = grain.experimental.DatasetOptions(min_shm_size=LEAST_SHARED)
+            dataset = grain.experimental.WithOptionsIterDataset(dataset, sharing).mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2)
             )
         return dataset
+
+    def _is_quick(self) -> bool:
+        """Whether a row takes so little time that threads would only hinder each other."""
+        guarded = Guarded(self.transform)
+        # The first row also starts whatever is to be started once, and a second reading of it would find it in a cache.
+        for index in sorted({0, len(self.source) // 2}):
+            start = time.perf_counter()
+            guarded((index, self.source[index]))
+        return time.perf_counter() - start < QUICK
 
     @property
     def _part(self) -> tuple[int, int, int]:
