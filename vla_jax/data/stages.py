@@ -89,11 +89,8 @@ class FillBatch:
 
     def __call__(self, rows: Sequence[Row | Gap]) -> dict[str, Any]:
         filler = self.filler | {"valid": np.asarray(False), "index": np.asarray(-1, np.int32)}
-        batch = Stacked(len(rows), self.shared)
-        for row in rows:
-            batch.add(filler if isinstance(row, Gap) else row)
         return {
-            "batch": batch.arrays(),
+            "batch": stack([filler if isinstance(row, Gap) else row for row in rows], self.shared),
             "seen": sum(not isinstance(row, Gap) or row.name is not None for row in rows),
             "skipped": [row.name for row in rows if isinstance(row, Gap) and row.name is not None],
         }
@@ -285,3 +282,11 @@ class Stacked:
         shape = (self._size, *first.shape)
         large = self._shared and self._size * first.nbytes >= LEAST_SHARED
         return SharedMemoryArray(shape, first.dtype) if large else np.empty(shape, first.dtype)
+
+
+def stack(rows: Sequence[Row], shared: bool = False) -> Row:
+    """Rows as one batch; see :class:`Stacked`."""
+    batch = Stacked(len(rows), shared)
+    for row in rows:
+        batch.add(row)
+    return batch.arrays()
