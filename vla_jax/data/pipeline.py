@@ -251,10 +251,11 @@ class Pipeline:
     def _is_quick(self) -> bool:
         """Whether a row takes so little time that threads would only hinder each other."""
         guarded = Guarded(self.transform)
+        generator = np.random.default_rng(self.seed) if self.training else None
         # The first row also starts whatever is to be started once, and a second reading of it would find it in a cache.
         for index in sorted({0, len(self.source) // 2}):
             start = time.perf_counter()
-            guarded((index, self.source[index]))
+            guarded((index, self.source[index]), generator)
         return time.perf_counter() - start < QUICK
 
     @property
