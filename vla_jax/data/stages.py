@@ -233,8 +233,8 @@ LEAST_SHARED = 1 << 16
 class Stacked:
     """A batch that is filled row by row: each array of the rows gets a first axis.
 
-    What a row took is free for the next one while it is still in the processor's cache; stacking all rows at the end
-    would fetch each from memory once more, and write each to other memory than the last.
+    No more rows are held beside it than a group has; all of a large batch, to be stacked at its end, would take as much
+    memory again.
 
     Attributes:
         count: rows so far.
