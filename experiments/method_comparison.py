@@ -6,10 +6,12 @@
     python launch.py --experiment=method_comparison --config.preset=full
 
 Three tasks: true or false statements about generated scenes, the questions of easy-VQA, and retrieval among captions
-of scenes. Every method has the same steps and data; its learning rate is chosen on validation data from a grid.
-Beside accuracy the table says what a method costs (trained parameters, memory and time of a training step, forward time
-as it is and merged into the weights, size on disk) and what it forgets: how well the model, trained for a task, still
-finds captions as the untrained backbone does.
+of scenes. Every method has the same steps and data; its learning rate is chosen on validation data from a grid of two
+values, a linear head's of three. The first row is the backbone as it was loaded, with nothing trained
+(:mod:`vla_jax.evaluation.untrained`). Beside accuracy the table says what a method costs (trained parameters, memory
+and time of a training step, forward time as it is and merged into the weights, size on disk) and what it forgets: how
+well the model, trained for a task, still finds captions as the untrained backbone does. Blocks that no trained weight
+touches are computed once an example, before training: a step's time and memory leave out as many as the table says.
 
 Models whose features of one modality depend on what of the other stands beside it (fusion, CoCoOp) cannot index images
 and texts apart; they have no results where features of different pairs are compared.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from vla_jax.comparison import Comparison
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation.latency import forward_seconds
 from vla_jax.evaluation.statistics import PairedDifference, accuracy, paired_difference
+from vla_jax.evaluation.untrained import untrained
 from vla_jax.model import AdaptedModel, Batch
 from vla_jax.reporting import method_report
 from vla_jax.reporting.table import write_atomically
@@ -99,6 +103,8 @@ class Config(RunConfig):
         if self.latency_batch < 1:
             raise UserError(f"latency_batch must be at least 1, got {self.latency_batch}")
 
+
+UNTRAINED = "untrained"
 
 # One or two of every family, so that every learning rate can be run to its end.
 REPRESENTATIVES = (
@@ -209,6 +215,9 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
         data = task_data(name, config.sizes, backbone)
         comparison = Comparison(backbone, data, config.budget, config.compute, mesh, workdir / "runs" / name)
         outcomes: dict[str, Outcome] = {}
+        reference = untrained(name, data, backbone, config.compute, mesh, config.budget.batch_size)
+        row = {"name": UNTRAINED, "variant": "backbone, zero-shot", "group": "reference", "trained": 0, "share": 0.0}
+        rows[UNTRAINED] = rows.get(UNTRAINED, row) | _accuracies(name, data, reference)
         for variant in variants(config, backbone):
             pairs = comparison.model(variant).plan.needs_pairs
             row = rows.setdefault(variant.name, {"name": variant.name, "variant": variant.title})
@@ -218,6 +227,10 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
             outcomes[variant.name] = comparison.run(variant)
             row |= _results(name, data, outcomes[variant.name])
             row |= _compared(name, data, outcomes, variant.name)
+            if variant.name == "full":  # rows that were there before it had nothing to be compared with
+                for earlier in outcomes:
+                    rows[earlier] |= _compared(name, data, outcomes, earlier)
+                rows[UNTRAINED] |= _difference(name, data, reference, outcomes["full"])
             if "forward_seconds" not in row:
                 row |= _latency(config, comparison, variant, outcomes[variant.name], workdir)
             row.setdefault("trained", row[f"{name}_trained"])
@@ -230,26 +243,36 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
 
 def _results(name: str, data: TaskData, outcome: Outcome) -> dict[str, Any]:
     """What a method's row says of one task."""
-    found = outcome.predictions["test"]
-    correct, examples = found["correct"], examples_of(data, found["index"][0])
-    row: dict[str, Any] = {
+    return _accuracies(name, data, _tested(outcome)) | {
         f"{name}_trained": outcome.table.trained,
-        f"{name}": accuracy(correct, clusters(name, examples)),
         f"{name}_learning_rate": outcome.learning_rate,
         f"{name}_validation": {f"{rate:g}": value for rate, value in outcome.validation.items()},
         f"{name}_step_seconds": outcome.seconds_per_step,
         f"{name}_step_bytes": outcome.step_bytes,
         f"{name}_step_mebibytes": outcome.step_bytes / 2**20,
+        f"{name}_stored_blocks": outcome.stored_blocks,
         f"{name}_adapter_bytes": outcome.adapter_bytes,
     }
-    return row | {f"{name}_{kind}": accuracy(correct[:, chosen]) for kind, chosen in of_kinds(name, examples).items()}
+
+
+def _tested(outcome: Outcome) -> dict[str, np.ndarray]:
+    """``correct`` bool ``[seeds, examples]``, and ``index`` int32 ``[examples]``, of the test examples."""
+    found = outcome.predictions["test"]
+    return {"correct": found["correct"], "index": found["index"][0]}
+
+
+def _accuracies(name: str, data: TaskData, tested: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Accuracy on the test examples, and on those of every kind."""
+    correct, examples = tested["correct"], examples_of(data, tested["index"])
+    by_kind = {f"{name}_{kind}": accuracy(correct[..., chosen]) for kind, chosen in of_kinds(name, examples).items()}
+    return {name: accuracy(correct, clusters(name, examples))} | by_kind
 
 
 def _compared(name: str, data: TaskData, outcomes: dict[str, Outcome], method: str) -> dict[str, Any]:
     """A method's differences: to full fine-tuning on the task, and to the untouched backbone on what it could do."""
     own, row = outcomes[method], {}
     if method != "full" and "full" in outcomes:
-        row[f"{name}_difference"] = _difference(name, data, own, outcomes["full"])
+        row |= _difference(name, data, _tested(own), outcomes["full"])
     frozen = outcomes.get("linear")
     if frozen is not None and "kept" in own.predictions:
         kept = own.predictions["kept"]["correct"]
@@ -258,11 +281,14 @@ def _compared(name: str, data: TaskData, outcomes: dict[str, Outcome], method: s
     return row
 
 
-def _difference(name: str, data: TaskData, outcome: Outcome, full: Outcome) -> PairedDifference:
-    """A method's accuracy on the test examples minus that of full fine-tuning."""
-    found = outcome.predictions["test"]
-    together = clusters(name, examples_of(data, found["index"][0]))
-    return paired_difference(found["correct"], full.predictions["test"]["correct"], together)
+def _difference(
+    name: str, data: TaskData, tested: Mapping[str, np.ndarray], full: Outcome
+) -> dict[str, PairedDifference]:
+    """Accuracy on the test examples minus that of full fine-tuning."""
+    together = clusters(name, examples_of(data, tested["index"]))
+    theirs = full.predictions["test"]["correct"]
+    own = np.broadcast_to(tested["correct"], theirs.shape)  # what is not trained is the same with every seed
+    return {f"{name}_difference": paired_difference(own, theirs, together)}
 
 
 def _latency(

@@ -46,6 +46,11 @@ def _trained(name: str) -> int:
         ("full", 149_620_737),  # published for B/16
         ("ia3", 12 * (768 + 768 + 3072) + 12 * (512 + 512 + 2048)),
         ("lora", 12 * 2 * 2 * 8 * (768 + 512)),
+        ("clip_lora", 184_320),  # published
+        ("rslora", 12 * 2 * 2 * 8 * (768 + 512)),
+        ("vpt_shallow", 8 * 768),
+        # After two sublayers of each block, both maps: full blocks of a fourth's size a side, a rule of n^3, biases.
+        ("phm", 2 * 12 * sum(2 * (4**3 + width * (width // 32) // 4) + width + width // 32 for width in (768, 512))),
         ("pissa", 12 * 2 * 2 * 8 * (768 + 512)),  # what it starts from is kept, not trained
         ("projection", 768 * 512 + 512 * 512),
         ("linear", 0),  # without a task there is no head

@@ -18,6 +18,7 @@ from vla_jax.adapters import (
     Placement,
     adapter_plus,
     clip_adapter,
+    clip_lora,
     cocoop,
     compacter,
     coop,
@@ -34,6 +35,7 @@ from vla_jax.adapters import (
     uniadapter,
     vl_adapter,
     vpt_deep,
+    vpt_shallow,
 )
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.errors import UserError, unknown
@@ -72,6 +74,13 @@ def _fixed(placement: Placement) -> Callable[[CLIPConfig], tuple[Placement, ...]
 def _lora(name: str, **settings: object) -> Callable[[CLIPConfig], tuple[Placement, ...]]:
     """LoRA of rank 8 on queries and values, the places of Hu et al. 2022."""
     return _fixed(Placement(LoRA(rank=8, **settings), name, slots=("attn_q", "attn_v")))
+
+
+def _phm() -> Placement:
+    """Compacter's places and width, with full blocks and a rule for each map instead of factors and one rule."""
+    placement = compacter()
+    method = dataclasses.replace(placement.method, factorised=False, shared_rule=False)
+    return dataclasses.replace(placement, method=method, name="phm")
 
 
 def _paired(placement: Placement, config: CLIPConfig) -> Placement:
@@ -113,12 +122,16 @@ METHODS: Mapping[str, Entry] = MappingProxyType(
         "adapter_drop": Entry("Pfeiffer, AdapterDrop", "bottleneck", _fixed(pfeiffer()), robust_drop=True),
         "lora": Entry("LoRA", "low rank", _lora("lora", alpha=16.0)),
         "lora_plus": Entry("LoRA+", "low rank", _lora("lora", alpha=16.0), rules="lora_plus"),
+        "rslora": Entry("rsLoRA", "low rank", _lora("rslora", alpha=16.0, rank_stabilised=True)),
+        "clip_lora": Entry("CLIP-LoRA", "low rank", _fixed(clip_lora())),
         "dora": Entry("DoRA", "low rank", _lora("dora", alpha=16.0, decomposed=True)),
         "pissa": Entry("PiSSA", "low rank", _lora("pissa", alpha=8.0, init="pissa")),
+        "phm": Entry("PHM", "shared weights", _fixed(_phm())),
         "compacter": Entry("Compacter", "shared weights", _fixed(compacter())),
         "hyperformer": Entry("Hyperformer", "shared weights", _fixed(hyperformer()), pace="full"),
         "coop": Entry("CoOp", "tokens", _fixed(coop(4)), pace="light"),
         "cocoop": Entry("CoCoOp", "tokens", _fixed(cocoop()), pace="light"),
+        "vpt_shallow": Entry("VPT shallow", "tokens", _fixed(vpt_shallow()), pace="light"),
         "vpt_deep": Entry("VPT deep", "tokens", _fixed(vpt_deep()), pace="light"),
         "maple": Entry("MaPLe", "tokens", _maple, pace="light"),
         "prefix": Entry("prefix tuning", "tokens", _fixed(prefix_tuning()), pace="full"),

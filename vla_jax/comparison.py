@@ -139,12 +139,23 @@ class Comparison:
         trained = outcome.trained if seed is None else run._trained(outcome.learning_rate, seed)
         return names.merge(trained, run._frozen)
 
-    def sources(self, model: AdaptedModel, table: ResolvedTable) -> tuple[Mapping[str, Source], Transform]:
-        """The data as a variant's model takes them: with the part that no trained weight touches already computed."""
+    @staticmethod
+    def stored_blocks(model: AdaptedModel, table: ResolvedTable) -> Mapping[str, int] | None:
+        """By tower, how many of its first blocks no trained weight touches: each example goes through them once.
+
+        None where examples are not kept at all, because what comes before the blocks is touched.
+        """
         touched = any(row.train and row.name.startswith("backbone/") for row in table.rows)
         if touched or model.plan.inserts_tokens or "image" not in model.modalities:
+            return None
+        return model.plan.first_layers()
+
+    def sources(self, model: AdaptedModel, table: ResolvedTable) -> tuple[Mapping[str, Source], Transform]:
+        """The data as a variant's model takes them: with the part that no trained weight touches already computed."""
+        stored = self.stored_blocks(model, table)
+        if stored is None:
             return self.data.splits, self.data.transform
-        at = (*model.modalities, *sorted(model.plan.first_layers().items()))
+        at = (*model.modalities, *sorted(stored.items()))
         if at not in self._streams:
             # Streams are large, and variants that need the same ones usually stand together: the last ones are kept.
             self._streams.clear()
@@ -200,6 +211,7 @@ class _VariantRun:
             predictions={name: self._predictions(best, name) for name in ("test", *self._probes())},
             seconds_per_step=float(np.mean([result["seconds_per_step"] for result in results])),
             step_bytes=results[0]["step_bytes"],
+            stored_blocks=sum((self.comparison.stored_blocks(self.model, self.table) or {}).values()),
             adapter_bytes=results[0]["adapter_bytes"],
             trained=self._trained(best, seeds[0]),
         )

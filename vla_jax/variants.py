@@ -160,6 +160,8 @@ class Outcome:
             predictions, and ``index``, the examples' places in their source.
         seconds_per_step: mean of the chosen runs.
         step_bytes: arguments and temporaries of the compiled step, by the compiler's account.
+        stored_blocks: blocks of all towers that each example went through once, before training; neither time nor bytes
+            of a step contain them.
         adapter_bytes: size on disk of the first chosen run's trained parameters.
         trained: the first chosen run's trained parameters.
     """
@@ -172,5 +174,6 @@ class Outcome:
     predictions: dict[str, dict[str, np.ndarray]]
     seconds_per_step: float
     step_bytes: int
+    stored_blocks: int
     adapter_bytes: int
     trained: Tree

@@ -45,7 +45,8 @@ def config(small_backbone_folder, tmp_path_factory):
 @pytest.mark.slow
 def test_a_small_comparison_ends_in_table_figures_and_the_same_rows_again(config, tmp_path, monkeypatch):
     rows = {row["name"]: row for row in run(config, tmp_path)}
-    assert list(rows) == ["linear", "full", "lora", "fusion"]
+    assert list(rows) == ["untrained", "linear", "full", "lora", "fusion"]
+    untouched = rows.pop("untrained")
 
     def found(task, name, kind):
         (path,) = (tmp_path / f"runs/{task}/{name}").glob(f"learning_rate_*/seed_0/{kind}.npz")
@@ -59,9 +60,22 @@ def test_a_small_comparison_ends_in_table_figures_and_the_same_rows_again(config
         assert rows[name]["statements_kept"].value == pytest.approx(kept.mean())
         lost = (kept - found("statements", "linear", "kept")).mean()
         assert rows[name]["statements_forgotten"].value == pytest.approx(lost)
-    difference = (found("statements", "lora", "test") - found("statements", "full", "test")).mean()
-    assert rows["lora"]["statements_difference"].value == pytest.approx(difference)
+    for name in ("linear", "lora", "fusion"):  # linear is trained before full, the others after it
+        difference = (found("statements", name, "test") - found("statements", "full", "test")).mean()
+        assert rows[name]["statements_difference"].value == pytest.approx(difference), name
     assert "statements_difference" not in rows["full"]
+    # A head that scales all cosines alike changes no order, so that both find the same captions.
+    assert untouched["retrieval"].value == rows["linear"]["retrieval"].value
+    full = found("retrieval", "full", "test").mean()
+    assert untouched["retrieval_difference"].value == pytest.approx(untouched["retrieval"].value - full)
+    assert untouched["trained"] == 0
+    depth = sum(tower.depth for tower in load_backbone(config.backbone).config.towers.values())
+    assert {name: row["statements_stored_blocks"] for name, row in rows.items()} == {
+        "linear": depth,
+        "full": 0,
+        "lora": 0,
+        "fusion": 2,
+    }
     # A frozen backbone keeps what it could do; a fusion adapter's features cannot be compared across pairs.
     assert rows["linear"]["statements_forgotten"].value == 0
     assert not {"retrieval", "statements_kept"} & set(rows["fusion"])
@@ -71,14 +85,14 @@ def test_a_small_comparison_ends_in_table_figures_and_the_same_rows_again(config
     for name in ("results.csv", "results.md", "results.png", "parameters.png", "memory.png"):
         assert (tmp_path / name).stat().st_size > 0, name
     stored = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in stored] == list(rows)
+    assert [row["name"] for row in stored] == ["untrained", *rows]
 
     def no_training(*_, **__):
         raise AssertionError("a finished run was trained again")
 
     monkeypatch.setattr(comparison, "fit", no_training)
     monkeypatch.setattr(method_comparison, "forward_seconds", no_training)
-    assert [row["statements"] for row in run(config, tmp_path)] == [row["statements"] for row in rows.values()]
+    assert [row["statements"] for row in run(config, tmp_path)][1:] == [row["statements"] for row in rows.values()]
 
 
 def test_methods_that_do_not_fit_are_left_out_unless_asked_for(config, capsys):

@@ -28,11 +28,13 @@ def table(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], backbone: str
     for task in tasks:
         columns += [Column.accuracy(task, TITLES[task]), Column.difference(f"{task}_difference", "against full")]
     first = tasks[0]
-    if first != "retrieval":
-        columns.append(Column.difference(f"{first}_forgotten", "kept"))
+    columns += [
+        Column.difference(f"{task}_forgotten", f"kept after {TITLES[task]}") for task in tasks if task != "retrieval"
+    ]
     columns += [
         Column.number(f"{first}_step_seconds", "step", "ms", ",.0f", 1e3),
         Column.number(f"{first}_step_mebibytes", "step memory", "MiB", ",.0f"),
+        Column.number(f"{first}_stored_blocks", "blocks stored", "", ",d"),
         Column.percent("forward_overhead", "forward", "+.0f"),
         Column.percent("merged_overhead", "merged", "+.0f"),
         Column.number(f"{first}_adapter_bytes", "saved", "KiB", ",.0f", 2**-10),
@@ -57,7 +59,7 @@ def write(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], backbone: str
         note_title="trained",
         title="What each method reaches",
     )
-    measured = [row for row in shown if first in row]
+    measured = [row for row in shown if first in row and row["trained"]]
     costs = {
         "parameters": ("trained", "trained parameters"),
         "memory": (f"{first}_step_mebibytes", "memory of a training step (MiB)"),
