@@ -146,7 +146,9 @@ class Repeated:
 def make_source(options: Options, workload: Workload, training: bool) -> Repeated:
     """The examples of both frameworks; without training, each of them once."""
     examples = make_pictures(workload)
-    count = (options.warm_up + options.batches + 1) * options.batch if training else len(examples)
+    # PyTorch stops at the end of an epoch: with fewer batches ahead its workers would rest while the last are counted.
+    ahead = 2 * max(1, *options.workers) + 1
+    count = (options.warm_up + options.batches + ahead) * options.batch if training else len(examples)
     return Repeated(examples, count)
 
 
