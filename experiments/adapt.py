@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from vla_jax.adapters import Plan
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
 from vla_jax.catalogue import entry, fits
 from vla_jax.comparison import Comparison
-from vla_jax.data.stages import Source, Transform
+from vla_jax.data.stages import Source
 from vla_jax.data_sets import Data, Found, Generated, find, splits_of
 from vla_jax.errors import UserError, unknown
 from vla_jax.model import AdaptedModel
@@ -59,6 +60,8 @@ class Config(RunConfig):
         task: which task; from the data if empty.
         learning_rate: the peak learning rate; one that suits the method if None. The head beside adapters has
             ``budget.head_rate``, or the same where that is None.
+        layers: in which layers adapters sit, in the notation of :mod:`vla_jax.adapters.layers`; in those of the
+            method's paper if empty.
         data: which data.
         setup: how the task is put to the backbone.
         budget: steps, batch, seeds and optimiser.
@@ -70,6 +73,7 @@ class Config(RunConfig):
     method: str = "lora"
     task: str = ""
     learning_rate: float | None = None
+    layers: str = ""
     data: Data = dataclasses.field(default_factory=Data)
     setup: Setup = dataclasses.field(default_factory=Setup)
     budget: Budget = dataclasses.field(
@@ -110,13 +114,13 @@ class _Adaptation(Comparison):
     kept_bytes: float = 0.0
     steady: bool = True
 
-    def sources(self, model: AdaptedModel, table: ResolvedTable) -> tuple[Any, Transform]:
+    def stored_blocks(self, model: AdaptedModel, table: ResolvedTable) -> Mapping[str, int] | None:
         train = self.data.splits["train"]
         seen_again = self.budget.steps * self.budget.batch_size > len(train)
         fits = seen_again and self._size(model) <= self.kept_bytes
         if self.steady and (self.data.streams is not None or fits):
-            return super().sources(model, table)
-        return self.data.splits, self.data.transform
+            return super().stored_blocks(model, table)
+        return None
 
     def _size(self, model: AdaptedModel) -> float:
         """Bytes of the streams of all examples, by the shapes of one."""
@@ -135,12 +139,18 @@ def variant(config: Config, backbone: Backbone) -> Variant:
     """The method as it is trained.
 
     Raises:
-        UserError: if it does not fit the backbone.
+        UserError: if it does not fit the backbone, or has no adapters for the layers that are given.
     """
     if problem := fits(config.method, backbone.config):
         raise UserError(f"{config.method} does not fit {backbone.name}: {problem}; choose another method")
     rate = config.learning_rate or RATES[entry(config.method).pace]
-    return catalogue.variant(config.method, backbone.config, (rate,))
+    found = catalogue.variant(config.method, backbone.config, (rate,))
+    if not config.layers:
+        return found
+    if not found.placements:
+        raise UserError(f"{config.method} has no adapters that layers {config.layers!r} could be for; leave layers out")
+    placements = tuple(dataclasses.replace(placement, layers=config.layers) for placement in found.placements)
+    return dataclasses.replace(found, placements=placements)
 
 
 def check(config: Config) -> Any:

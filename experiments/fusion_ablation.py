@@ -54,6 +54,8 @@ class Config(RunConfig):
     Attributes:
         tasks: which tasks, of ``statements`` and ``easy_vqa``.
         variants: which variants, in the order of the table; if empty, those of :data:`VARIANTS`.
+        layers: in which layers adapters sit, in the notation of :mod:`vla_jax.adapters.layers`; early and late variants
+            say their own.
         rank: width of the bottlenecks.
         heads: attention heads of the fusion adapters.
         lora_rank: rank of LoRA on queries and values.
@@ -72,6 +74,7 @@ class Config(RunConfig):
 
     tasks: tuple[str, ...] = TASKS
     variants: tuple[str, ...] = ()
+    layers: str = "all"
     rank: int = 32
     heads: int = 4
     lora_rank: int = 8
@@ -82,6 +85,7 @@ class Config(RunConfig):
     budget: Budget = dataclasses.field(
         default_factory=lambda: Budget(
             steps=200,
+            checkpoint_every=50,
             selection_share=0.2,
             batch_size=64,
             optimizer=OptimizerConfig(warmup_share=0.05, weight_decay=0.01),
@@ -163,12 +167,13 @@ def _variant(config: Config, name: str) -> Variant:
     if name == "full":
         return Variant(name, "full fine-tuning", group="no adapter", **full)
     if name == "lora":
-        placement = Placement(LoRA(rank=config.lora_rank, alpha=2.0 * config.lora_rank), slots=("attn_q", "attn_v"))
+        method = LoRA(rank=config.lora_rank, alpha=2.0 * config.lora_rank)
+        placement = Placement(method, slots=("attn_q", "attn_v"), layers=config.layers)
         return Variant(name, "LoRA on q, v", placements=(placement,), group="independent", **rates)
     if name == "tied":
-        placement = Placement(Fusion(rank=config.rank, mix="none", shared=True))
+        placement = Placement(Fusion(rank=config.rank, mix="none", shared=True), layers=config.layers)
         return Variant(name, "tied bottlenecks", placements=(placement,), group="independent", **rates)
-    mix, layers = name.rsplit("_", 1) if name in EARLY_AND_LATE else (name, "all")
+    mix, layers = name.rsplit("_", 1) if name in EARLY_AND_LATE else (name, "")
     return _placed(config, name, mix, layers)
 
 
@@ -186,8 +191,8 @@ def _placed(config: Config, name: str, mix: str, layers: str) -> Variant:
     method = Fusion(rank=config.rank, heads=config.heads, mix=mix) if fused else Fusion(rank=config.rank, mix="none")
     return Variant(
         name,
-        title if layers == "all" else f"{title}, {layers} layers",
-        placements=(Placement(method, layers=layers),),
+        f"{title}, {layers} layers" if layers else title,
+        placements=(Placement(method, layers=layers or config.layers),),
         group="fusion" if fused else "independent",
         learning_rates=config.adapter_rates,
     )

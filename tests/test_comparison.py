@@ -16,6 +16,7 @@ from vla_jax.adapters import Fusion, LoRA, Placement
 from vla_jax.backbones.transformer import Compute
 from vla_jax.comparison import Comparison
 from vla_jax.data.cached import ArraySource, as_rows
+from vla_jax.data.image import UnreadablePicture
 from vla_jax.errors import UserError
 from vla_jax.flop import batch_flop
 from vla_jax.tasks.matching import Matching
@@ -282,6 +283,65 @@ def test_streams_are_computed_once_for_variants_that_start_alike_and_not_at_all_
     assert "text_stream" not in pictures
 
 
+@dataclasses.dataclass(frozen=True)
+class Torn:
+    """Rows as they are, of which every tenth cannot be read."""
+
+    def __call__(self, example, generator=None):
+        if int(example["place"]) % 10 == 0:
+            raise UnreadablePicture("is torn")
+        return {name: array for name, array in example.items() if name != "place"}
+
+
+TORN = dataclasses.replace(
+    DATA,
+    splits={
+        split: ArraySource(dict(source.arrays) | {"place": np.arange(len(source), dtype=np.int32)})
+        for split, source in DATA.splits.items()
+    },
+    transform=Torn(),
+    probes={},
+)
+
+
+@pytest.mark.parametrize("variant", [LINEAR, dataclasses.replace(LINEAR, name="full", rules="full")])
+def test_the_budget_says_how_many_pictures_may_be_torn_whether_streams_are_computed_once_or_not(tmp_path, variant):
+    variant = dataclasses.replace(variant, learning_rates=(0.1,))
+    with pytest.raises(UserError, match=r"of .* pictures cannot be decoded.*at most 1.00% may be.*raise max_bad_share"):
+        _comparison(tmp_path / "a", data=TORN).run(variant)
+    budget = dataclasses.replace(BUDGET, max_bad_share=0.2, seeds=(0,))
+    found = _comparison(tmp_path / "b", data=TORN, budget=budget).run(variant)
+    assert not set(found.predictions["test"]["index"][0]) & {0, 10}
+    assert len(found.predictions["test"]["index"][0]) == SIZES["test"] - 2
+
+
+def test_the_budgets_workers_read_what_is_not_computed_once(tmp_path, monkeypatch):
+    asked = []
+    pipeline = module.Pipeline
+
+    def noted(*arguments, **settings):
+        asked.append((settings["training"], settings["workers"]))
+        return pipeline(*arguments, **settings | {"workers": 0})
+
+    monkeypatch.setattr(module, "Pipeline", noted)
+    budget = dataclasses.replace(BUDGET, workers=2, seeds=(0,), steps=2)
+    raw = dataclasses.replace(DATA, transform=Raw())
+    full = Variant("full", "full", rules="full", learning_rates=(0.1,))
+    _comparison(tmp_path, data=raw, budget=budget).run(full)
+    assert set(asked) == {(True, 2), (False, 2)}
+    asked.clear()
+    _comparison(tmp_path, data=raw, budget=budget).run(dataclasses.replace(LINEAR, learning_rates=(0.1,)))
+    assert (True, 0) in asked  # streams are arrays, and need no processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """Rows as they are, made anew each time as far as anyone can tell."""
+
+    def __call__(self, example, generator=None):
+        return dict(example)
+
+
 def test_seeds_train_on_the_examples_drawn_for_them_and_share_what_is_compiled(tmp_path, monkeypatch):
     seen, compiled = [], []
     pipeline, make = module.Pipeline, module.make_train_step
@@ -363,6 +423,10 @@ def test_settings_that_make_no_comparison_are_refused():
         Budget(seeds=(0, 1, 0))
     with pytest.raises(UserError, match="at least 1"):
         Budget(steps=0)
+    with pytest.raises(UserError, match=r"workers -1 is negative; allowed: 0 .* or more"):
+        Budget(workers=-1)
+    with pytest.raises(UserError, match=r"max_bad_share 1 is not a share"):
+        Budget(max_bad_share=1)
     with pytest.raises(UserError, match=r"selection_share .* got 0"):
         Budget(selection_share=0)
     with pytest.raises(UserError, match=r"selection_share .* got 1.5"):

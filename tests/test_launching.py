@@ -313,6 +313,37 @@ def test_launch_py_says_a_mistake_in_one_line_and_exits_with_two(tmp_path):
     assert re.fullmatch(r"error: unknown experiment 'fusion_ablatoin'; did you mean .*\n", done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.ranks=3", r"unknown argument --config\.ranks; did you mean --config\.rank .*"),
+        ("--config.rank=three", r".*--config\.rank.*three.*"),
+        ("--config.mesh.tensor=3", r".*does not fit 8 devices.*"),
+        ("--config.budget.batch_size=12", r"batch size 12 cannot be cut into 8 equal parts.*: 8 and 16.*"),
+        ("--config.layers=4", r"layer 4 does not exist: .* has 3 layers, 0 to 2 .*"),
+    ],
+)
+def test_no_mistake_in_an_experiments_settings_is_compiled(tmp_path, argument, message):
+    command = [sys.executable, str(ROOT / "launch.py"), "--experiment=fusion_ablation", argument]
+    cache = tmp_path / "compiled"
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),  # where every program would leave a file, however small
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(f"error: {message}\n", done.stderr.splitlines(keepends=True)[-1]), done.stderr
+    # Shapes are learnt by drawing keys, which JAX compiles; of the model there is nothing.
+    assert {file.name.split("-")[0] for file in cache.glob("*")} <= {"jit__threefry_seed", "jit_stage"}
+    assert not (tmp_path / "runs").exists()
+
+
 def test_tables_are_not_squeezed_into_a_log(tmp_path):
     command = [sys.executable, str(ROOT / "launch.py"), "--experiment=fusion_ablation", "--dry_run"]
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}

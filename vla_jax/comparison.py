@@ -139,8 +139,7 @@ class Comparison:
         trained = outcome.trained if seed is None else run._trained(outcome.learning_rate, seed)
         return names.merge(trained, run._frozen)
 
-    @staticmethod
-    def stored_blocks(model: AdaptedModel, table: ResolvedTable) -> Mapping[str, int] | None:
+    def stored_blocks(self, model: AdaptedModel, table: ResolvedTable) -> Mapping[str, int] | None:
         """By tower, how many of its first blocks no trained weight touches: each example goes through them once.
 
         None where examples are not kept at all, because what comes before the blocks is touched.
@@ -149,6 +148,11 @@ class Comparison:
         if touched or model.plan.inserts_tokens or "image" not in model.modalities:
             return None
         return model.plan.first_layers()
+
+    def reading(self, transform: Transform) -> dict[str, Any]:
+        """What a pipeline is told of reading; arrays that are there already need no processes to be read by."""
+        workers = 0 if transform is as_rows else self.budget.workers
+        return {"workers": workers, "max_bad_share": self.budget.max_bad_share}
 
     def sources(self, model: AdaptedModel, table: ResolvedTable) -> tuple[Mapping[str, Source], Transform]:
         """The data as a variant's model takes them: with the part that no trained weight touches already computed."""
@@ -159,7 +163,8 @@ class Comparison:
         if at not in self._streams:
             # Streams are large, and variants that need the same ones usually stand together: the last ones are kept.
             self._streams.clear()
-            self._streams[at] = frozen_streams(model, self.data, self.budget.batch_size, self.mesh)
+            reading = self.reading(self.data.transform)
+            self._streams[at] = frozen_streams(model, self.data, self.budget.batch_size, self.mesh, **reading)
         return self._streams[at], as_rows
 
 
@@ -235,7 +240,8 @@ class _VariantRun:
         state = init_state(trainable, self._optimizer(rate, trainable), self.shardings)
         sources, transform = self._sources
         train = self._drawn(sources["train"], seed)
-        pipeline = Pipeline(train, transform, self.budget.batch_size, training=True, seed=seed)
+        reading = self.comparison.reading(transform)
+        pipeline = Pipeline(train, transform, self.budget.batch_size, training=True, seed=seed, **reading)
         batches = Batches(iter(pipeline), self.shardings.batch)
         try:
             program, step_bytes, flop = self._train_program(state, batches)
@@ -301,6 +307,7 @@ class _VariantRun:
             "steps": budget.steps,
             "selection_steps": budget.selection_steps(self.variant),
             "batch_size": budget.batch_size,
+            "workers": budget.workers if self.comparison.stored_blocks(self.model, self.table) is None else 0,
             "optimizer": dataclasses.asdict(dataclasses.replace(budget.optimizer, learning_rate=0.0)),
             "head_rate": budget.head_rate,
             "dtype": self.comparison.compute.dtype,
@@ -356,7 +363,8 @@ class _VariantRun:
             chosen = self.comparison._validated
             if name == "validation" and chosen is not None:
                 source = Chosen(source, _standing(source, chosen))
-        pipeline = Pipeline(source, transform, self.budget.batch_size, training=False)
+        reading = self.comparison.reading(transform)
+        pipeline = Pipeline(source, transform, self.budget.batch_size, training=False, **reading)
         keep = ("position",) if "position" in getattr(source, "arrays", ()) else ()  # computed streams know theirs
         program = self._evaluation_program(task)
         found = evaluate(pipeline, lambda b: program(trainable, self._frozen, b), self.shardings.batch, keep=keep)

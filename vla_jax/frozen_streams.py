@@ -26,7 +26,7 @@ _REPLACED = ("image", "valid", "index")
 
 
 def frozen_streams(
-    model: AdaptedModel, data: TaskData, batch_size: int, mesh: jax.sharding.Mesh
+    model: AdaptedModel, data: TaskData, batch_size: int, mesh: jax.sharding.Mesh, **reading: Any
 ) -> dict[str, ArraySource]:
     """Every split's streams where the model's first adapter meets them, and the other fields of its batches.
 
@@ -35,12 +35,13 @@ def frozen_streams(
         data: the data; streams are kept in ``data.streams`` if that is a folder and one process runs alone.
         batch_size: examples computed at a time.
         mesh: where.
+        reading: how pictures are read: ``workers`` and ``max_bad_share`` of :class:`vla_jax.data.pipeline.Pipeline`.
 
     Returns:
         By split, the examples that can be read: ``image_stream`` and ``text_stream`` ``[tokens, width]`` (what the
         model is shown of them), what else ``data.transform`` gives, and ``position``, their places in the split.
     """
-    computing = _Computing(model, data.transform, batch_size, mesh)
+    computing = _Computing(model, data.transform, batch_size, mesh, reading)
     folder = data.streams if jax.process_count() == 1 else None
     stores = {tower: StreamStore(folder and folder / computing.name(tower)) for tower in model.streamed_towers}
     return {split: computing.streams(split, source, stores) for split, source in data.splits.items()}
@@ -49,8 +50,15 @@ def frozen_streams(
 class _Computing:
     """One model's blocks below its first adapter, compiled."""
 
-    def __init__(self, model: AdaptedModel, transform: Transform, batch_size: int, mesh: jax.sharding.Mesh):
-        self._model, self._transform, self._batch_size = model, transform, batch_size
+    def __init__(
+        self,
+        model: AdaptedModel,
+        transform: Transform,
+        batch_size: int,
+        mesh: jax.sharding.Mesh,
+        reading: Mapping[str, Any],
+    ):
+        self._model, self._transform, self._batch_size, self._reading = model, transform, batch_size, reading
         self._sharding = batch_sharding(mesh)
         self._params = place(model.backbone.params, replicated(mesh))
         self._programs = {
@@ -108,5 +116,6 @@ class _Computing:
     def _evaluated(
         self, source: Source, transform: Transform, compute: Callable[[Any], Any], description: str
     ) -> dict[str, np.ndarray]:
-        pipeline = Pipeline(source, transform, self._batch_size, training=False)
+        reading = {} if transform is as_rows else self._reading
+        pipeline = Pipeline(source, transform, self._batch_size, training=False, **reading)
         return evaluate(pipeline, compute, self._sharding, description=description)

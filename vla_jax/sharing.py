@@ -23,7 +23,6 @@ from vla_jax.backbones.loading import Backbone
 from vla_jax.backbones.transformer import Compute
 from vla_jax.comparison import Comparison
 from vla_jax.data.cached import Chosen
-from vla_jax.data.stages import Source, Transform
 from vla_jax.errors import UserError, unknown
 from vla_jax.many_tasks import Sent, apart, as_one
 from vla_jax.model import AdaptedModel
@@ -97,9 +96,8 @@ class _Reading(Comparison):
     Below the lowest adapter is next to nothing here that could be computed once, and it would fill the memory.
     """
 
-    def sources(self, model: AdaptedModel, table: ResolvedTable) -> tuple[Mapping[str, Source], Transform]:
-        """The data as they are."""
-        return self.data.splits, self.data.transform
+    def stored_blocks(self, model: AdaptedModel, table: ResolvedTable) -> None:
+        """None: every step begins with the pictures."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -69,6 +69,8 @@ class Budget:
         checkpoint_wait: whether training waits until a checkpoint is complete on disk, so that a kill without warning
             costs ``checkpoint_every`` steps at most; otherwise also those that ran while it was being saved.
         log_every: steps between logged ones.
+        workers: processes that read and decode examples; 0 does it in threads. They take examples in another order.
+        max_bad_share: the share of pictures that cannot be decoded above which a run ends; others are passed over.
         tolerance: what runs bear before they stop.
         profile: steps of which each variant's first run writes a profile, such as ``10:15``; none if empty.
     """
@@ -82,6 +84,8 @@ class Budget:
     checkpoint_every: int = 200
     checkpoint_wait: bool = False
     log_every: int = 20
+    workers: int = 0
+    max_bad_share: float = 0.01
     tolerance: Tolerance = dataclasses.field(default_factory=Tolerance)
     profile: str = ""
 
@@ -91,6 +95,10 @@ class Budget:
             raise UserError("a comparison needs at least one seed")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds name one twice: {', '.join(map(str, self.seeds))}")
+        if self.workers < 0:
+            raise UserError(f"workers {self.workers} is negative; allowed: 0 (threads of this process) or more")
+        if not 0 <= self.max_bad_share < 1:
+            raise UserError(f"max_bad_share {self.max_bad_share} is not a share; allowed: 0 up to, not including, 1")
         if min(self.steps, self.batch_size, self.checkpoint_every, self.log_every) < 1:
             raise UserError("steps, batch_size, checkpoint_every and log_every must be at least 1")
         if self.head_rate is not None and not self.head_rate > 0:

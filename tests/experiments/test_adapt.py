@@ -237,6 +237,23 @@ def test_the_dry_run_says_what_will_be_done(config, folder):
     check(PRESETS["default"])
 
 
+def test_adapters_may_sit_in_other_layers_than_the_papers(config, folder):
+    def trained(layers):
+        report = check(of(config, folder, "vqa", backbone="tiny", layers=layers))
+        told = dict(zip(*(column._cells for column in report.columns), strict=True))
+        return told["method"], int(told["trained"].split()[0].replace(",", ""))
+
+    head = 2 * 513  # of two answers
+    assert trained("")[1] - head == 8 * 2 * 2 * 128 * (4 + 3)
+    method, count = trained("last 1")
+    assert "last 1 layers" in method
+    assert count - head == 8 * 2 * 2 * 128 * 2
+    with pytest.raises(UserError, match="layer 4 does not exist: the vision tower has 4 layers, 0 to 3"):
+        trained("0,4")
+    with pytest.raises(UserError, match="full has no adapters that layers 'early' could be for; leave layers out"):
+        check(of(config, folder, "vqa", method="full", layers="early"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
