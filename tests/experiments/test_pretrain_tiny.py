@@ -7,13 +7,21 @@ from experiments.pretrain_tiny import CONFIG, PRESETS, Phase, check, run
 from vla_jax import distributed
 from vla_jax.backbones.clip import CLIP
 from vla_jax.backbones.loading import load_backbone
+from vla_jax.backbones.transformer import Compute
 from vla_jax.data.image import Preprocess
+from vla_jax.data.pipeline import TransformExample
 from vla_jax.data.scenes import SceneConfig
+from vla_jax.data.scenes.source import SceneSource
 from vla_jax.data.scenes.vocabulary import WORDS, split_words
 from vla_jax.data.text import Tokenize
 from vla_jax.errors import UserError
 from vla_jax.evaluation.scene_zero_shot import clip_encoders, zero_shot
+from vla_jax.evaluation.statistics import accuracy
+from vla_jax.evaluation.untrained import untrained
+from vla_jax.task_data import examples_of, of_kinds, task
 from vla_jax.tasks.scene_pretraining import ScenePairs
+from vla_jax.training.sharding import MeshConfig, make_mesh
+from vla_jax.variants import TaskData
 
 
 def test_every_word_of_tasks_occurs_in_pretraining():
@@ -76,4 +84,12 @@ def test_the_shipped_backbone_passes_its_gates_and_leaves_room_for_adapters():
     )
     assert all(found.gates().values()), found
     assert all(interval.high < 1 for interval in found.group.values()), found
+    # What adapters are for: whether a relation or a count is true cannot be read off the cosine.
+    config = SceneConfig(seed=1000, image_size=size)
+    splits = {split: SceneSource(split, "statements", config, 600) for split in ("validation", "test")}
+    read = TransformExample(Preprocess(backbone.image_processor), Tokenize(backbone.tokenizer, 20), label_key="label")
+    statements = TaskData(task("statements"), splits, read)
+    told = untrained("statements", statements, backbone, Compute(), make_mesh(MeshConfig()), 64)
+    for kind, chosen in of_kinds("statements", examples_of(statements, told["index"])).items():
+        assert accuracy(told["correct"][chosen]).high < 0.95, kind
     assert sum(file.stat().st_size for file in backbone.folder.iterdir()) <= 12 * 2**20
