@@ -205,7 +205,7 @@ mesh and cuts of the tower make of a module there is tested for the others, sinc
 
 PLACED = [name for name in ALL if name not in VARIATIONS]
 
-WITHOUT_GRADIENT = r".*/fuse/key/bias"
+WITHOUT_GRADIENT = r".*/(fuse|side/rungs/attention)/key/bias"
 """Parameters that change nothing by their method's definition: softmax ignores what is added to all of its scores."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -14,6 +15,10 @@ from settings import CONFIG, backbone, count, drawn, inputs, model, site
 from vla_jax import names
 from vla_jax.adapters import Ladder, LoRA, Placement, place
 from vla_jax.errors import UserError
+from vla_jax.training.optimizer import OptimizerConfig, make_optimizer
+from vla_jax.training.presets import preset
+from vla_jax.training.step import init_state, make_train_step
+from vla_jax.training.table import ParameterTable
 
 WIDTH, TOKENS = 12, 5
 SITE = site("side", WIDTH, WIDTH)._replace(depth=3)
@@ -108,6 +113,51 @@ def test_no_gradient_goes_through_the_backbone():
     assert plan.parameter_count() > 0
     assert flops(lora) > 1.7 * flops(forward)
     assert flops(ladder) < 1.3 * flops(forward)
+
+
+@functools.cache
+def _training_step(name):
+    """The compiled training step of these adapters on that CLIP; ``plain`` is the forward pass without any."""
+    tower = dataclasses.replace(CONFIG.vision, depth=8)
+    config = dataclasses.replace(CONFIG, vision=tower, text=tower)
+    # With many examples, so that what is kept of them takes the memory and not a copy of some block's weights.
+    batch = jax.tree.map(lambda a: np.tile(a, (64,) + (1,) * (a.ndim - 1)), inputs(config))
+
+    def forward(params, batch, adapters=None, key=None):
+        out = model(config, 8).apply({"params": params}, *batch, adapters=adapters, key=key)
+        return jnp.mean(jnp.sum(out.image_features * out.text_features, -1))
+
+    if name == "plain":
+        return jax.jit(forward).lower(backbone(config), batch).compile()
+    plan = place(TRAINED[name], config.towers)
+
+    def loss(params, batch, key):
+        return forward(params["backbone"], batch, plan.bind(params["adapters"]), key), {}
+
+    params = {"backbone": backbone(config), "adapters": drawn(plan.shapes(), 1, 0.1)}
+    table = ParameterTable(preset("adapters")).resolve(params)
+    trainable, frozen = table.split(params)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), table, trainable, steps=10)
+    return make_train_step(loss, optimizer, seed=0).lower(init_state(trainable, optimizer), frozen, batch).compile()
+
+
+TRAINED = {
+    "ladder": Placement(Ladder(rank=4, heads=1)),
+    "lora_at_the_bottom": Placement(LoRA(rank=1), slots=("attn_q",), layers="0"),
+}
+
+
+def test_the_training_step_computes_no_backward_pass_of_the_backbone():
+    flops = lambda name: _training_step(name).cost_analysis()["flops"]  # noqa: E731
+    assert flops("lora_at_the_bottom") > 1.7 * flops("plain")
+    # The backward pass of one of the eight blocks would cost more than this.
+    assert flops("ladder") < 1.1 * flops("plain")
+
+
+def test_the_training_step_keeps_less_than_one_that_goes_through_the_backbone():
+    # Of each block a backward pass keeps what its maps, norms and attention read; a ladder keeps its output.
+    ladder, bottom = (_training_step(name).memory_analysis().temp_size_in_bytes for name in TRAINED)
+    assert 0 < ladder < 0.6 * bottom, (ladder, bottom)
 
 
 def test_rungs_that_do_not_exist_and_widths_that_do_not_divide_are_refused():

@@ -1,18 +1,21 @@
-"""Vectors that a network makes, against loops; and the network folded away, whatever places share of it."""
+"""Vectors that a network makes, against loops and peft; and the network folded away, whatever places share of it."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from peft_layer import assign
 from settings import backbone, count, drawn, equal_towers, inputs, model, site
 
 from vla_jax import names
 from vla_jax.adapters import LoRA, Placement, Prefix, Prompt, Share, fold, place
 from vla_jax.adapters.plan import example
 from vla_jax.errors import UserError
+from vla_jax.slots import TowerShape
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -122,6 +125,100 @@ def test_folding_changes_no_output():
 
     for ours, theirs in zip(features(*fold(plan, adapters)), features(plan, adapters), strict=True):
         close(ours, theirs)
+
+
+# Against peft
+
+
+def peft_encoder(kind: str, settings: dict, weights: dict[str, np.ndarray]):
+    """peft's module of this name and these settings, with these weights; skips without peft."""
+    pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    sizes = {"num_virtual_tokens": 3, "token_dim": WIDTH, "num_attention_heads": 1, "num_transformer_submodules": 1}
+    if kind == "PrefixEncoder":
+        encoder = peft.PrefixEncoder(peft.PrefixTuningConfig(task_type="CAUSAL_LM", **sizes, **settings))
+    else:
+        encoder = peft.PromptEmbedding(peft.PromptTuningConfig(task_type="CAUSAL_LM", **sizes, **settings), None)
+    parameters = dict(encoder.named_parameters())
+    assert set(parameters) == set(weights)
+    for name, parameter in parameters.items():
+        assign(parameter, weights[name])
+    return encoder
+
+
+def draw(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.torch
+def test_the_network_of_a_prefix_and_its_gradients_equal_pefts():
+    torch = pytest.importorskip("torch")
+    depth, hidden = 4, 7
+    plan = place(Placement(Prefix(3, hidden=hidden), towers=("vision",)), {"vision": TowerShape(depth, WIDTH, WIDTH)})
+    adapters = drawn(plan.shapes(), 1, 0.7)
+    own = names.flatten(adapters["adapter"]["vision"]["attn_kv"])
+    # One map makes all of them: for each layer its keys, then its values.
+    joined = lambda flat, part: np.stack(  # noqa: E731
+        [flat[f"to_{vector}/{part}"][layer] for layer in range(depth) for vector in ("key", "value")], -2
+    )
+    theirs = lambda flat: {  # noqa: E731
+        "embedding.weight": flat["embedding"],
+        "transform.0.weight": flat["down/kernel"].T,
+        "transform.0.bias": flat["down/bias"],
+        "transform.2.weight": joined(flat, "kernel").reshape(hidden, -1).T,
+        "transform.2.bias": joined(flat, "bias").reshape(-1),
+    }
+    settings = {"prefix_projection": True, "num_layers": depth, "encoder_hidden_size": hidden}
+    encoder = peft_encoder("PrefixEncoder", settings, theirs(own))
+    made = encoder(torch.arange(3)[None])[0].unflatten(-1, (depth, 2, WIDTH))  # [length, layers, 2, width]
+    slope = draw(2, 3, depth, 2, WIDTH)
+    (made**2 * torch.tensor(slope)).sum().backward()
+
+    @jax.jit
+    def run(adapters):
+        def loss(adapters):
+            vectors = fold(plan, adapters)[1]["adapter"]["vision"]["attn_kv"]  # [layers, length, width] each
+            ours = jnp.stack([vectors["key"], vectors["value"]], 1).transpose(2, 0, 1, 3)
+            return jnp.sum(ours**2 * slope), ours
+
+        (_, ours), gradient = jax.value_and_grad(loss, has_aux=True)(adapters)
+        return ours, gradient
+
+    ours, gradient = run(adapters)
+    close(ours, made.detach().numpy())
+    for name, value in theirs(names.flatten(gradient["adapter"]["vision"]["attn_kv"])).items():
+        close(value, dict(encoder.named_parameters())[name].grad.numpy())
+
+
+@pytest.mark.torch
+def test_prompts_and_their_gradients_equal_pefts():
+    torch = pytest.importorskip("torch")
+    prompt, words, slope = draw(1, 3, WIDTH), draw(2, 4, 6, WIDTH), draw(3, 4, 9, WIDTH)
+    encoder = peft_encoder("PromptEmbedding", {}, {"embedding.weight": prompt})
+    # Before a batch of texts, as peft puts them; what follows mixes tokens, so that each gradient depends on all.
+    stream = torch.cat([encoder(torch.arange(3).expand(4, -1)), torch.tensor(words)], 1)
+    scores = torch.softmax(stream @ stream.transpose(1, 2), -1)
+    expected = scores @ stream
+    (expected * torch.tensor(slope)).sum().backward()
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            module = Prompt(3).module(site("tokens", WIDTH, WIDTH))
+            inserted = jax.vmap(lambda x: module.apply({"params": params}, x, x[:0]))(jnp.asarray(words))
+            stream = jnp.concatenate([inserted, words], 1)
+            mixed = jax.nn.softmax(stream @ stream.swapaxes(1, 2), -1) @ stream
+            return jnp.sum(mixed * slope), mixed
+
+        (_, mixed), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return mixed, gradient
+
+    ours, gradient = run({"prompt": prompt})
+    close(ours, expected.detach().numpy(), 2e-6)
+    close(gradient["prompt"], encoder.embedding.weight.grad.numpy(), 2e-6)
+
+
+# Without a network
 
 
 def test_vectors_learned_directly_stay_as_they_are():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -9,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_layer import assign, close, peft_linear, run
+from published_counts import TASKS
 from settings import CONFIG, backbone, count, drawn, inputs, model, site
 
 from vla_jax import names
 from vla_jax.adapters import LoRA, Placement, clip_lora, place, vl_adapter_lora
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.errors import UserError
-from vla_jax.slots import LINEAR_MAPS
+from vla_jax.slots import LINEAR_MAPS, TowerShape
 
 TOKENS, IN, OUT = 4, 5, 6
 SITE = site("attn_q", IN, OUT)
@@ -245,14 +247,21 @@ def test_published_count_of_clip_lora():
     assert clip_lora().method.scale == pytest.approx(1 / math.sqrt(2))
 
 
-def test_published_share_of_vl_adapters_lora():
-    # Queries and values of 6 + 2 * 6 attentions of BART-base, beside what is always trained and every bias.
-    placement = vl_adapter_lora()
-    site_ = site(placement.slots[0], 768, 768)
-    added, always, biases = 18 * len(placement.slots) * count(placement.method, site_), 1_582_848, 125_952
+@pytest.mark.parametrize(
+    ("tasks", "added", "published"),
+    [((), 7_077_888, 5.93), (TASKS, 4 * 7_077_888, 17.71)],
+    ids=["single", "multiple"],
+)
+def test_published_share_of_vl_adapters_lora(tasks, added, published):
+    # Queries and values of 6 + 2 * 6 attentions of BART-base, an update for each task or one for all, beside what is
+    # always trained and every bias, of which there is one set either way.
+    attentions = {"vision": TowerShape(6, 768, 3072), "text": TowerShape(2 * 6, 768, 3072)}
+    plan = place(dataclasses.replace(vl_adapter_lora(), tasks=tasks), attentions)
+    assert plan.parameter_count() == added
+    always, biases = 1_582_848, 125_952
     base = 139_420_416 + 200 * 768 + always
-    assert round(100 * (added + always + biases) / (base + added), 2) == 5.93
-    assert placement.method.scale == 0.25
+    assert round(100 * (added + always + biases) / (base + added), 2) == published
+    assert plan.placements[0].method.scale == 0.25
 
 
 @pytest.mark.parametrize(

@@ -188,23 +188,67 @@ def test_subset_of_layers_touches_only_those(name):
     assert {names.flatten(_new(name, plan))[path].shape[0] for path in own} == {1}
 
 
-@every_setting
-def test_gradients_reach_every_adapter_leaf_and_no_backbone_leaf(name):
-    config, plan = shape_for(name), _plan(name)
+@functools.cache
+def _gradients(config, plan):
     images, tokens, mask = inputs(config)
     target = jax.random.normal(jax.random.key(7), (BATCH, config.projection))
 
-    def loss(adapters, params):
-        out = model(config).apply({"params": params}, images, tokens, mask, adapters=plan.bind(adapters))
-        return jnp.sum((out.image_features + 2 * out.text_features - target) ** 2)
+    @jax.jit
+    @jax.grad
+    def gradient(adapters, params, weights, route):
+        out = model(config).apply({"params": params}, images, tokens, mask, adapters=plan.bind(adapters), route=route)
+        return jnp.sum(weights[:, None] * (out.image_features + 2 * out.text_features - target) ** 2)
 
-    gradient = names.flatten(jax.jit(jax.grad(loss))(_trained(name, plan), _backbone(config)))
+    return gradient
+
+
+def _gradient(name, plan, adapters, weights=(1.0,) * BATCH, route=None):
+    """The gradient of a sum over examples, each weighted, by the adapters' leaves."""
+    config = shape_for(name)
+    route = None if route is None else jnp.asarray(route)
+    return names.flatten(_gradients(config, plan)(adapters, _backbone(config), jnp.asarray(weights), route))
+
+
+@every_setting
+def test_gradients_reach_every_adapter_leaf_and_no_backbone_leaf(name):
+    plan = _plan(name)
+    gradient = _gradient(name, plan, _trained(name, plan))
     leaves = plan.leaves()
     assert set(gradient) == set(leaves)
     for path, value in gradient.items():
         places = value if leaves[path].by_layer else value[None]
         by_place = np.abs(places).reshape(len(places), -1).max(1)
         assert (by_place > 0).all() or re.fullmatch(WITHOUT_GRADIENT, path), (path, by_place)
+
+
+@every_setting
+def test_a_mixed_batch_trains_each_task_as_its_examples_alone_do(name):
+    plan, single = _plan(name, tasks=TASKS), _plan(name)
+    adapters, leaves = _trained(name, plan), plan.leaves()
+    # No two examples weigh the same, so that a gradient that went to another example's task would be seen to.
+    route, weights = np.array([2, 0, -1, 1, 1, -1, 0, 2]), 1 + np.arange(BATCH, dtype=np.float32) / BATCH
+    mixed = _gradient(name, plan, adapters, weights, route)
+    alone = [
+        _gradient(name, single, plan.select_task(adapters, task), weights * (route == task))
+        for task in range(len(TASKS))
+    ]
+    without = _gradient(name, plan, adapters, weights, np.where(route == 1, 0, route))
+    assert set(mixed) == set(leaves) == set(alone[0])
+    for path, value in mixed.items():
+        if leaves[path].by_task:
+            axis = leaves[path].task_axis
+            rows, rows_without = (np.moveaxis(np.asarray(a), axis, 0) for a in (value, without[path]))
+            # What no example of the batch is routed to is not touched by it, not even by rounding.
+            assert not rows_without[1].any(), path
+        else:  # what tasks share learns from all of them
+            rows = [value]
+        if re.fullmatch(WITHOUT_GRADIENT, path):
+            continue  # rounding alone
+        expected = [a[path] for a in alone] if leaves[path].by_task else [sum(a[path] for a in alone)]
+        for ours, theirs in zip(rows, expected, strict=True):
+            assert np.any(theirs), path
+            # Compiled otherwise, one and the same gradient differs by 1e-5 where a few large terms make it up.
+            assert np.linalg.norm(ours - theirs) <= 3e-5 * np.linalg.norm(theirs), path
 
 
 @every_placed_setting
