@@ -301,10 +301,3 @@ def test_refcoco_references(tmp_path):
     refused(tmp_path, "refcoco", r"needs refcoco/refs\(unc\)\.p")
     with pytest.raises(UserError, match="did you mean 'refcocog_umd' or 'refcoco_unc'"):
         load_source("refcoco", "train", tmp_path, "refcoco_umd", manual_dir=tmp_path)
-
-
-def test_refcocoplus_lies_in_a_folder_of_its_own(tmp_path):
-    expected = refcoco(tmp_path)
-    (tmp_path / "refcoco").rename(tmp_path / "refcoco+")
-    source = load_source("refcoco", "testB", tmp_path / "data", "refcocoplus_unc", manual_dir=tmp_path)
-    assert source[0]["boxes"].tolist() == expected["testB"][0]["boxes"]

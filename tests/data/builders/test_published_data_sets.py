@@ -10,7 +10,7 @@ import numpy as np
 import published_layouts
 import pytest
 from PIL import Image
-from published_layouts import plain
+from published_layouts import plain, python2_pickle, refcoco, write
 
 from vla_jax.data.flattened import Flattened, load_examples
 from vla_jax.data.image import Preprocess
@@ -69,6 +69,33 @@ def expected_examples(records, field):
                 example["answers"], answers = answers[: counts[place]], answers[counts[place] :]
             examples.append(example)
     return examples
+
+
+@pytest.mark.parametrize(
+    ("config", "folder", "division", "splits"),
+    [
+        ("refcocoplus_unc", "refcoco+", "unc", {"train": "train", "val": "validation", "testB": "testB"}),
+        ("refcoco_google", "refcoco", "google", {"train": "train", "val": "validation", "test": "test"}),
+        ("refcocog_google", "refcocog", "google", {"train": "train", "val": "validation"}),  # its test is not public
+        ("refcocog_umd", "refcocog", "umd", {"train": "train", "val": "validation", "test": "test"}),
+    ],
+)
+def test_every_division_of_refcoco_lies_in_a_file_of_its_own(tmp_path, config, folder, division, splits):
+    manual = tmp_path / "manual"
+    expected = refcoco(manual)
+    (manual / "refcoco").rename(manual / folder)
+    unc = manual / folder / "refs(unc).p"
+    references = pickle.loads(unc.read_bytes(), encoding="latin1")
+    unc.unlink()
+    last = next((name for name in splits if name.startswith("test")), None)
+    kept = [row | {"split": last if row["split"] == "testB" else row["split"]} for row in references]
+    kept = [row for row in kept if row["split"] is not None]
+    write(manual / folder / f"refs({division}).p", python2_pickle(kept))
+    for split, ours in splits.items():
+        source = load_source("refcoco", ours, tmp_path / "data", config, manual_dir=manual)
+        records = expected["testB" if split == last else ours]
+        assert [plain(source[place]) for place in range(len(source))] == records
+    assert set(make_builder("refcoco", tmp_path / "data", config).info.splits) == set(splits.values())
 
 
 def test_flickr30k_has_the_splits_of_entities_too(built):
