@@ -188,9 +188,6 @@ ALL = PLACEMENTS | TIED
 
 VARIATIONS = frozenset(
     {
-        "fusion_gate",
-        "fusion_attention",
-        "fusion_none",
         "fusion_to_vision",
         "fusion_to_text",
         "parallel_fusions",

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
-from orbax.checkpoint import v1 as ocp
 from settings import ALL, BATCH, PLACED, WITHOUT_GRADIENT, backbone, begun, drawn, inputs, model, shape_for
 
 from vla_jax import names
@@ -19,6 +17,11 @@ from vla_jax.adapters import Placement, place
 from vla_jax.adapters.base import methods
 from vla_jax.adapters.plan import example
 from vla_jax.slots import SINGLE_SLOTS, LinearWeights
+from vla_jax.training.checkpoint import load_adapters, save_adapters
+from vla_jax.training.checkpoint_metadata import Identity
+from vla_jax.training.presets import preset
+from vla_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
+from vla_jax.training.table import ParameterTable
 
 TASKS = ("a", "b", "c")
 
@@ -251,34 +254,53 @@ def test_a_mixed_batch_trains_each_task_as_its_examples_alone_do(name):
             assert np.linalg.norm(ours - theirs) <= 3e-5 * np.linalg.norm(theirs), path
 
 
+def _table(name, plan, adapters):
+    """The whole tree with the rules that training adapters has."""
+    tree = {"backbone": _backbone(shape_for(name)), "adapters": adapters}
+    return ParameterTable(preset("adapters")).resolve(tree), tree
+
+
 @every_placed_setting
 def test_sharded_equals_unsharded(name):
+    # The batch is cut along two axes, and weights along the other two of these three.
     config, plan = shape_for(name), _plan(name, tasks=TASKS)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    over_batch, everywhere = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    table, tree = _table(name, plan, _trained(name, plan))
+    shardings = table.shardings(mesh)
+    cut = [path for path, leaf in names.flatten(shardings).items() if not leaf.is_fully_replicated]
+    assert "backbone/vision/blocks/attn/q/kernel" in cut
     key = jax.random.key(8)
 
-    def run(params, adapters, images, tokens, mask, route):
+    def run(tree, images, tokens, mask, route):
         out = model(config).apply(
-            {"params": params}, images, tokens, mask, adapters=plan.bind(adapters), route=route, key=key
+            {"params": tree["backbone"]},
+            *(images, tokens, mask),
+            adapters=plan.bind(tree["adapters"]),
+            route=route,
+            key=key,
         )
         return out.image_features, out.text_features, out.logits
 
-    arguments = (_backbone(config), _trained(name, plan), *inputs(config), jnp.arange(BATCH) % 4 - 1)
-    shardings = (everywhere, everywhere, *[over_batch] * 4)
-    _close(jax.jit(run)(*jax.device_put(arguments, shardings)), jax.jit(run)(*arguments))
+    arguments = (tree, *inputs(config), jnp.arange(BATCH) % 4 - 1)
+    placed = jax.device_put(arguments, (shardings, *[batch_sharding(mesh)] * 4))
+    _close(jax.jit(run)(*placed), jax.jit(run)(*arguments))
 
 
 @every_setting
 def test_saved_and_restored_equals_itself(name, tmp_path):
     plan = _plan(name)
-    adapters = _trained(name, plan)
-    ocp.save_checkpointables(tmp_path / "adapter", {"adapters": adapters})
-    abstract = plan.shapes()
-    restored = ocp.load_checkpointables(tmp_path / "adapter", {"adapters": abstract})["adapters"]
-    for leaf, value in names.flatten(restored).items():
-        np.testing.assert_array_equal(value, names.flatten(adapters)[leaf])
-    again = place([Placement.from_description(d) for d in plan.describe()], shape_for(name).towers)
+    table, tree = _table(name, plan, _trained(name, plan))
+    trained, frozen = table.split(tree)
+    identity = Identity("random", "0" * 16, {"placements": plan.describe()})
+    save_adapters(tmp_path / "adapter", trained, identity, 1)
+    restored, metadata = load_adapters(tmp_path / "adapter", identity=identity, expected=trained)
+    # What a method keeps of the backbone, which training leaves as it is, is made of that again.
+    assert not [path for path in names.flatten(restored) if "/frozen/" in path or not path.startswith("adapters/")]
+    own = names.flatten(names.merge(restored, frozen)["adapters"])
+    for leaf, value in names.flatten(tree["adapters"]).items():
+        np.testing.assert_array_equal(own[leaf], value)
+    described = metadata.identity.adapters["placements"]
+    again = place([Placement.from_description(d) for d in described], shape_for(name).towers)
     assert again == plan
 
 
