@@ -361,6 +361,8 @@ from vla_jax.backbones.export import export_backbone
 from vla_jax.backbones.loading import load_backbone
 backbone = load_backbone({str(original)!r})
 backbone.image_processor
+tiny = load_backbone("tiny")
+assert tiny.tokenizer(["a red circle"])["input_ids"] and tiny.image_processor
 export_backbone(backbone.params, backbone.config, sys.argv[1])
 assert "torch" not in sys.modules
 print(backbone.fingerprint)

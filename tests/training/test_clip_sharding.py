@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import CONFIG, batch, drawn_params, model
@@ -38,6 +39,7 @@ MESHES = {
     "data 8": MeshConfig(),
     "fsdp 8": MeshConfig(data=1, fsdp=8),
     "tensor 4": MeshConfig(data=2, tensor=4),
+    "tensor 8": MeshConfig(data=1, tensor=8),  # two parts a head
     "mixed": MeshConfig(data=2, fsdp=2, tensor=2),
 }
 
@@ -167,11 +169,64 @@ def test_fsdp_gathers_weights_and_sums_nothing_that_data_parallel_does_not():
     assert elsewhere <= 2 * others + data["all-gather"]
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [("data 8", 1), ("fsdp 8", 8), ("tensor 4", 4), ("mixed", 4)])
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [("data 8", 1), ("fsdp 8", 8), ("tensor 4", 4), ("tensor 8", 8), ("mixed", 4)]
+)
 def test_a_device_holds_its_part_of_the_blocks(mesh: str, parts: int):
     for name, leaf in names.flatten(run(mesh).setting.frozen).items():
         if "/blocks/" in name and name.endswith("kernel"):
             assert parts * leaf.addressable_shards[0].data.nbytes == leaf.nbytes, name
+
+
+def test_nothing_is_kept_or_handed_back_for_the_frozen_backbone():
+    """Memory analysis of the compiled step: its outputs are the trained leaves and two moments of each."""
+    given = setting(None)
+    trained, frozen = names.size_in_bytes(given.start().trainable), names.size_in_bytes(given.frozen)
+    assert frozen > 5 * trained
+    memory = given.step.program.memory_analysis()
+    small = 2048  # scalars, metrics, and the rounding up of small leaves
+    assert 3 * trained < memory.output_size_in_bytes < 3 * trained + small
+    rows = sum(array.nbytes for array in rows_of(0).values())
+    assert memory.argument_size_in_bytes < 3 * trained + frozen + rows + small
+    kept = sorted(leaf.shape for leaf in jax.tree.leaves(given.start().optimizer) if leaf.ndim)
+    assert kept == sorted(2 * [leaf.shape for leaf in jax.tree.leaves(given.start().trainable)])
+
+
+def test_the_norm_that_is_clipped_is_the_adapters_own():
+    given = setting(None)
+    rows = rows_of(0)
+    whole = names.merge(given.start().trainable, given.frozen)
+    key = jax.random.fold_in(jax.random.key(7), 0)
+    gradient = jax.jit(jax.grad(lambda params, rows: matching_and_contrastive(params, rows, key)[0]))
+    gradients = names.flatten(gradient.lower(whole, rows).compile(QUICK)(whole, rows))
+    square = {name: float((np.asarray(leaf, np.float64) ** 2).sum()) for name, leaf in gradients.items()}
+    own = sum(value for name, value in square.items() if not name.startswith("backbone")) ** 0.5
+    assert sum(square.values()) ** 0.5 > 1.2 * own
+    _, metrics = given.step(given.start(), given.frozen, rows)
+    np.testing.assert_allclose(metrics["gradient_norm"], own, rtol=1e-5)
+
+
+def test_adapters_are_float32_over_a_backbone_kept_in_bfloat16():
+    given = setting(None)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), given.frozen)
+    table = ParameterTable(preset("adapters")).resolve(names.merge(given.start().trainable, half))
+    optimizer = make_optimizer(OPTIMIZER, table, given.start().trainable, STEPS)
+    step = make_train_step(matching_and_contrastive, optimizer, seed=7)
+    state = init_state(given.start().trainable, optimizer)
+    before = jax.tree.map(np.array, half)
+    program = dataclasses.replace(step, program=step.lower(state, half, rows_of(0)).compile(QUICK))
+    losses = []
+    for i in range(4):
+        state, metrics = program(state, half, rows_of(i))
+        losses.append(float(metrics["loss"]))
+    for leaf in jax.tree.leaves((state.trainable, state.optimizer)):
+        assert leaf.dtype == jnp.float32 or not jnp.issubdtype(leaf.dtype, jnp.floating)
+    for mine, theirs in zip(jax.tree.leaves(half), jax.tree.leaves(before), strict=True):
+        assert mine.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(mine), theirs)
+    # Each weight is rounded by at most 2^-9 of itself, and these roundings do not add up in one direction.
+    np.testing.assert_allclose(losses, run(None).losses[:4], rtol=2e-2)
+    assert losses != run(None).losses[:4]
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_was_not_stopped(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,10 @@ from vla_jax import names
 from vla_jax.adapters import LoRA, Placement, place
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.backbones.convert import abstract_params
+from vla_jax.backbones.loading import load_config
 from vla_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vla_jax.training.presets import GROUPS, PRESETS, preset
+from vla_jax.training.sharding import MeshConfig, make_mesh
 from vla_jax.training.table import ParameterTable
 
 TOWERS = CLIPConfig.preset("vit_b_16").towers
@@ -67,6 +71,36 @@ def test_published_counts_of_biases_and_layer_norms():
     # Its table says 1.21 % for BitFit: biases and the visual embedding, of the whole model.
     always = 1_582_848
     assert round(100 * (biases + always) / (139_420_416 + 200 * 768 + always), 2) == 1.21
+
+
+@pytest.mark.parametrize("shape", ["vit_b_32", "tiny"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_rule_for_the_backbone_finds_something_there(name, shape):
+    # Optional rules would let a parameter that was renamed lose what they say of it in silence.
+    config = load_config("tiny") if shape == "tiny" else CLIPConfig.preset(shape)
+    leaves = names.flatten({"backbone": abstract_params(config)})
+    for rule in preset(name):
+        if not rule.pattern.startswith(("adapters", "(adapters", "heads")):
+            assert any(re.fullmatch(rule.pattern, leaf) for leaf in leaves), rule
+
+
+def test_every_product_of_the_blocks_is_cut_along_both_axes():
+    tree = {"backbone": abstract_params(CLIPConfig.preset("vit_b_32"))}
+    shardings = names.flatten(ParameterTable(preset("full")).resolve(tree).shardings(make_mesh(MeshConfig(2, 2, 2))))
+    uncut = {}
+    for leaf, sharding in shardings.items():
+        axes = {axis for axis in sharding.spec if axis}
+        if len(names.flatten(tree)[leaf].shape) > 1 and "norm" not in leaf and axes != {"fsdp", "tensor"}:
+            uncut[leaf.removeprefix("backbone/")] = axes
+    # What is left is small: a product before the blocks, one behind them, positions, and the blocks' biases.
+    biases = {f"{tower}/blocks/{part}/bias" for tower in ("vision", "text") for part in ("attn/out", "mlp/fc2")}
+    first = ("attn/q", "attn/k", "attn/v", "mlp/fc1")
+    halves = {f"{tower}/blocks/{part}/bias" for tower in ("vision", "text") for part in first}
+    expected = {leaf: set() for leaf in biases} | {leaf: {"tensor"} for leaf in halves}
+    expected |= {f"{tower}/projection/kernel": {"fsdp"} for tower in ("vision", "text")}
+    expected |= {f"{tower}/position_embedding": set() for tower in ("vision", "text")}
+    expected |= {"vision/patch_embedding/kernel": set()}
+    assert uncut == expected
 
 
 # The attention of AdapterFusion is not optional, and this tree has none.

@@ -58,7 +58,8 @@ DEFAULT_DECAY = (Rule(r"(.*/)?(bias|scale|shift|magnitude|class_embedding|logit_
 
 # Products inside a block are cut in pairs over "tensor", the first by columns and the second by rows, so that a pair
 # needs one sum of activations (Megatron-LM; Shoeybi 2019, section 3); "fsdp" cuts the other dimension for storage.
-# Norms, position embeddings, adapters and heads are small and replicated. Blocks are stacked: [depth, in, out].
+# Norms, patch and position embeddings, adapters and heads are small and replicated. Blocks are stacked: [depth, in,
+# out].
 DEFAULT_SHARDING = (
     Rule(r"backbone/.*blocks/(.*/)?(q|k|v|fc1)/kernel", sharding=(None, "fsdp", "tensor"), optional=True),
     Rule(r"backbone/.*blocks/(.*/)?(q|k|v|fc1)/bias", sharding=(None, "tensor"), optional=True),
