@@ -6,7 +6,9 @@
     python launch.py --experiment=adapt --config.preset=smoke --dry_run
 
 The task (``classification``, ``matching``, ``retrieval``, ``vqa``, ``grounding``) follows from the columns where it is
-clear, else ``--config.task`` says it. The file is checked before anything is compiled; ``vla-data check FILE`` lists
+clear, else ``--config.task`` says it. ``--config.setup`` says how it is put: classes by a linear map, by their names or
+by prototypes (``classifier``); answers classified or ranked by their texts (``answers``); a phrase's box predicted or
+chosen among candidates (``grounding``). The file is checked before anything is compiled; ``vla-data check FILE`` lists
 everything that is wrong with it, and decodes every picture.
 
 In the work directory: ``results.{md,csv,jsonl}`` with the task's measures on validation and test data and their 95 %
@@ -41,7 +43,7 @@ from vla_jax.model import AdaptedModel
 from vla_jax.reporting.predictions import measured, pictures_of, write_predictions
 from vla_jax.reporting.table import Column, Table, write_atomically
 from vla_jax.run_config import RunConfig
-from vla_jax.task_kinds import MEASURES, Setup, annotation, data_of_kind, task_of_kind
+from vla_jax.task_kinds import MEASURES, Setup, annotation, data_of_kind, manner, pictures_alone, task_of_kind
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.sharding import check_batch, make_mesh
 from vla_jax.training.table import ResolvedTable
@@ -153,13 +155,36 @@ def variant(config: Config, backbone: Backbone) -> Variant:
     return dataclasses.replace(found, placements=placements)
 
 
+def _as_shown(found: Variant, data: Found, setup: Setup) -> Variant:
+    """The method for what the task shows of the data: where pictures stand alone, no text tower is adapted."""
+    if not pictures_alone(data.kind, setup):
+        return found
+    message = (
+        f"classifier=prototypes shows the model pictures alone, and {found.name} {{}}; choose another method, or "
+        "classifier linear or names"
+    )
+    rules = {"full": "image_tower"}.get(found.rules, found.rules)
+    if rules in ("bitfit", "layer_norm", "projection"):
+        raise UserError(message.format("trains parts of both towers"))
+    if found.group == "cross-modal" or found.name == "maple":  # half of it would work, under the whole one's name
+        raise UserError(message.format("joins the two towers"))
+    placements = tuple(
+        dataclasses.replace(placement, towers=("vision",))
+        for placement in found.placements
+        if "vision" in placement.towers
+    )
+    if found.placements and not placements:
+        raise UserError(message.format("adapts the text tower alone"))
+    return dataclasses.replace(found, rules=rules, placements=placements, modalities=("image",))
+
+
 def check(config: Config) -> Any:
     """Refuses what cannot be run, before anything is compiled; returns the table for ``--dry_run``."""
     shapes = abstract_backbone(config.backbone)
     mesh = make_mesh(config.mesh)
     check_batch(config.budget.batch_size, mesh)
     found = find(config.data, config.task, config.setup)
-    chosen = variant(config, shapes)
+    chosen = _as_shown(variant(config, shapes), found, config.setup)
     data = TaskData(task_of_kind(found.kind, found.labels, config.setup, shapes), {}, None)
     comparison = Comparison(shapes, data, config.budget, config.compute, mesh, Path())
     model, table = comparison.model(chosen), comparison.table(chosen)
@@ -170,6 +195,7 @@ def check(config: Config) -> Any:
     for name, value in {
         "task": found.kind,
         "data": found.origin,
+        "put as": manner(found.kind, found.labels, config.setup),
         "chooses from": ", ".join(found.labels.names[:8]) + (", ..." if len(found.labels.names) > 8 else ""),
         "method": f"{chosen.title}: {sites or f'rules {chosen.rules}'}",
         "learning rate": f"{chosen.learning_rates[0]:g}",
@@ -204,11 +230,13 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
     comparison = _Adaptation(backbone, data, config.budget, config.compute, make_mesh(config.mesh), workdir / "runs")
     comparison.kept_bytes = config.kept_gib * 2**30
     drawn = "captions" in annotation(data.splits["train"], 0)  # one of them, anew in every pass
-    comparison.steady = config.setup.augment == "none" and not drawn
+    ranked = found.kind == "vqa" and config.setup.answers == "rank"  # other answers are drawn beside the right one
+    comparison.steady = config.setup.augment == "none" and not drawn and not ranked
     if config.streams_dir and not comparison.steady:
         changes = "one of several captions is drawn" if drawn else f"pictures are augmented ({config.setup.augment})"
+        changes = "the answers that are ranked are drawn" if ranked else changes
         raise UserError(f"streams_dir keeps what is the same in every pass, but {changes} in each; leave it out")
-    chosen = variant(config, backbone)
+    chosen = _as_shown(variant(config, backbone), found, config.setup)
     _check_pairs(found, comparison.model(chosen).plan, config.method)
     outcome = comparison.run(chosen)
     if found.labels.names:
@@ -278,6 +306,8 @@ def _same_data(path: Path, found: Found, setup: Setup) -> None:
         write_atomically(path, json.dumps(mine, indent=1))
         return
     stored = json.loads(path.read_text())
+    # A setting that came later had its default's effect before.
+    stored["setup"] = json.loads(json.dumps(dataclasses.asdict(Setup()))) | stored.get("setup", {})
     if changed := [name for name in ("data", "task", "setup") if stored.get(name) != mine[name]]:
         shown = "; ".join(f"{name} was {stored.get(name)} and is now {mine[name]}" for name in changed)
         raise UserError(

@@ -39,8 +39,12 @@ class Inner:
     schedule: Literal["cosine", "linear"] = "cosine"
     shuffle: bool = True
     phases: tuple[Phase, ...] = (Phase(), Phase("second", 2))
+    least: int = 0
+    most: int = 5
 
     def __post_init__(self):
+        if self.least > self.most:
+            raise UserError(f"least {self.least} is above most {self.most}")
         if min(self.seeds, default=0) < 0:
             raise UserError(f"seed {min(self.seeds)} is negative; allowed: 0 or more")
 
@@ -147,9 +151,12 @@ def test_values_become_the_configuration(parse, arguments, expected):
         ("--config.inner.clip=low", r"cannot be 'low'; allowed: float or none$"),
         ("--config.inner.schedule=lin", r"cannot be 'lin'; allowed: cosine, linear$"),
         ("--config.inner.seeds=1 --config.batch_size=x", r"^--config\.batch_size cannot be 'x'"),
+        # Fitting its type, a value that misses another flag's is not to blame.
+        ("--config.least=7 --config.most=9 --config.schedule=lin", r"^--config\.inner\.schedule cannot be 'lin'"),
         ("smoke", r"'smoke' belongs to no argument; write --config\.FIELD=smoke"),
         # What a configuration says against its values is handed on as it is.
         ("--config.inner.seeds=-1", "^seed -1 is negative; allowed: 0 or more$"),
+        ("--config.least=7", "^least 7 is above most 5$"),
         ("--config.mesh.data=0", "^mesh axis 'data' is 0"),
     ],
 )
@@ -333,9 +340,7 @@ def test_no_mistake_in_an_experiments_settings_is_compiled(tmp_path, argument, m
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(f"error: {message}\n", done.stderr.splitlines(keepends=True)[-1]), done.stderr

@@ -32,8 +32,9 @@ from vla_jax.data.stages import Source, Transform
 from vla_jax.errors import UserError
 from vla_jax.flop import batch_flop, device_peak
 from vla_jax.frozen_streams import frozen_streams
-from vla_jax.model import AdaptedModel, Task
+from vla_jax.model import ENCODED_TEXTS, AdaptedModel, Task
 from vla_jax.reporting.table import write_atomically
+from vla_jax.tasks.classification import PictureFeatures
 from vla_jax.training.checkpoint import Checkpointer, load_adapters, save_adapters
 from vla_jax.training.checkpoint_metadata import Identity
 from vla_jax.training.metrics import JsonLines, TensorBoard, read_records
@@ -197,6 +198,10 @@ class _VariantRun:
             comparison._programs.clear()
         self._programs = comparison._programs.setdefault(variant, _Programs())
         self.shardings = step_shardings(self.table, trainable, self._optimizer(1.0, trainable), comparison.mesh)
+        self._encoded_as = self.model.encoded_as([row.name for row in self.table.rows if row.train])
+        if self._encoded_as is not None:
+            encoded = {ENCODED_TEXTS: {self._encoded_as: self.shardings.replicated}}
+            self.shardings = dataclasses.replace(self.shardings, frozen=self.shardings.frozen | encoded)
 
     def outcome(self) -> Outcome:
         """Chooses the learning rate, trains on every seed, tests; what is finished is read."""
@@ -237,9 +242,11 @@ class _VariantRun:
         if (result := distributed.read(finished)) is not None:
             return json.loads(result)
         trainable, _ = self.table.split(self.model.init(jax.random.key(seed)))
-        state = init_state(trainable, self._optimizer(rate, trainable), self.shardings)
         sources, transform = self._sources
         train = self._drawn(sources["train"], seed)
+        if hasattr(self.model.task, "from_examples"):
+            trainable = self._from_examples(trainable, train, transform)
+        state = init_state(trainable, self._optimizer(rate, trainable), self.shardings)
         reading = self.comparison.reading(transform)
         pipeline = Pipeline(train, transform, self.budget.batch_size, training=True, seed=seed, **reading)
         batches = Batches(iter(pipeline), self.shardings.batch)
@@ -253,7 +260,7 @@ class _VariantRun:
             ) as saver:
                 fitted = fit(
                     state,
-                    self._frozen,
+                    self._given,
                     dataclasses.replace(program, constants=(np.uint32(seed),)),
                     batches,
                     steps,
@@ -283,6 +290,17 @@ class _VariantRun:
             # The checkpoints served to go on from; the adapters alone are kept.
             distributed.remove_folder(folder / "checkpoints")
         return result
+
+    def _from_examples(self, trainable: names.Tree, train: Source, transform: Transform) -> names.Tree:
+        """The same with the head that the training pictures give, as the model sees them before it is trained."""
+        reading = self.comparison.reading(transform)
+        pipeline = Pipeline(train, transform, self.budget.batch_size, training=False, **reading)
+        program = self._evaluation_program(PictureFeatures())
+        batches = self.shardings.batch
+        found = evaluate(pipeline, lambda b: program(trainable, self._given, b), batches, description="first head")
+        task = self.model.task
+        head = task.from_examples(found["features"], found["label"])
+        return {**trainable, "heads": {**trainable["heads"], task.name: head}}
 
     def _profiled(self, rate: float, seed: int) -> Span | None:
         """The steps of a run that are profiled: one run says what all of a variant would."""
@@ -367,7 +385,7 @@ class _VariantRun:
         pipeline = Pipeline(source, transform, self.budget.batch_size, training=False, **reading)
         keep = ("position",) if "position" in getattr(source, "arrays", ()) else ()  # computed streams know theirs
         program = self._evaluation_program(task)
-        found = evaluate(pipeline, lambda b: program(trainable, self._frozen, b), self.shardings.batch, keep=keep)
+        found = evaluate(pipeline, lambda b: program(trainable, self._given, b), self.shardings.batch, keep=keep)
         found["index"] = found.pop("position", found["index"])
         return (task or data.task).finish(found)
 
@@ -383,7 +401,17 @@ class _VariantRun:
     @functools.cached_property
     def _frozen(self) -> names.Tree:
         _, frozen = self.table.split(self.model.init(jax.random.key(0)))
-        return place(frozen, self.shardings.frozen)
+        return place(frozen, {name: tree for name, tree in self.shardings.frozen.items() if name != ENCODED_TEXTS})
+
+    @functools.cached_property
+    def _given(self) -> names.Tree:
+        """What a step is given beside what it trains: the frozen leaves, and what of them is the same in every step."""
+        if self._encoded_as is None:
+            return self._frozen
+        encode = jax.jit(functools.partial(self.model.encoded_texts, kind=self._encoded_as))
+        whole = place(self.comparison.backbone.params, self.shardings.replicated)
+        encoded = {ENCODED_TEXTS: encode({"backbone": whole})}
+        return self._frozen | place(encoded, {ENCODED_TEXTS: self.shardings.frozen[ENCODED_TEXTS]})
 
     def _evaluation_program(self, task: Task | None) -> Step:
         """The compiled predictions of the trained task, or of another one."""
@@ -400,7 +428,7 @@ class _VariantRun:
             step = make_train_step(self.model.loss, optimizer, seed=0, shardings=self.shardings)
             start = batches.state()
             batch = next(batches)
-            compiled = step.lower(state, self._frozen, batch).compile()
+            compiled = step.lower(state, self._given, batch).compile()
             batches.restore(start)
             memory = compiled.memory_analysis()
             used = int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tqdm.auto import tqdm
 
@@ -17,6 +18,7 @@ from vla_jax.backbones.loading import Backbone
 from vla_jax.data.answers import normalise, texts
 from vla_jax.data.flattened import load_examples
 from vla_jax.data.own import TASKS, Own, OwnData, Scan, load_own, task_of
+from vla_jax.data.scenes.sampling import MAX_OBJECTS
 from vla_jax.data.scenes.vocabulary import ANSWERS, SHAPES
 from vla_jax.data.sources import load_source, make_builder, prepared_builder
 from vla_jax.data.stages import Source
@@ -101,6 +103,25 @@ class Found:
     origin: str
 
 
+class SceneBoxes:
+    """Generated scenes whose examples have ``boxes`` float32 ``[objects, 4]`` too, those of all objects in pixels.
+
+    Attributes:
+        source: the examples, with what is known of each scene as JSON in ``scene``.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        example = self.source[index]
+        objects = json.loads(texts([example["scene"]])[0])["objects"]
+        return {**example, "boxes": np.array([thing["box"] for thing in objects], np.float32)}
+
+
 def find(data: Data, task: str, setup: Setup) -> Found:
     """Looks at the data: what task they are for, and between what its head chooses.
 
@@ -111,14 +132,14 @@ def find(data: Data, task: str, setup: Setup) -> Found:
     """
     if data.path:
         own = own_data(data, task)
-        return Found(own.task, _own_labels(own, setup), own.fingerprint, f"{data.path}: {_counts(own)}")
+        return Found(own.task, _own_labels(data, own, setup), own.fingerprint, f"{data.path}: {_counts(own)}")
     if data.name == "scenes":
         if task and task not in SCENES:
             raise unknown("task", task, SCENES)
         kind = task or "matching"
         described = {"name": data.name, "kind": kind, **dataclasses.asdict(data.generated)}
         origin = f"generated scenes ({SCENES[kind]})"
-        return Found(kind, _scene_labels(kind), _fingerprint(described), origin)
+        return Found(kind, _scene_labels(kind, setup), _fingerprint(described), origin)
     builder = make_builder(data.name, data.data_dir, data.config or None)
     fields = _fields(builder.info.features)
     kind = task_of(fields, task)
@@ -137,7 +158,8 @@ def splits_of(data: Data, found: Found, backbone: Backbone) -> dict[str, Source]
         return dict(own_data(data, found.kind).splits)
     if data.name == "scenes":
         sizes = Sizes(**dataclasses.asdict(data.generated), data_dir=data.data_dir)
-        return scenes(SCENES[found.kind], backbone, sizes)
+        sources = scenes(SCENES[found.kind], backbone, sizes)
+        return {split: SceneBoxes(source) for split, source in sources.items()} if found.labels.boxes else sources
     # For retrieval a picture and all of its captions are one example: from itself it could not be told in a gallery.
     read = load_source if found.kind == "retrieval" else load_examples
     given = (data.config or None, data.manual_dir or None)
@@ -166,7 +188,15 @@ def _own_data(data: OwnData, task: str, stamps: tuple[Any, ...]) -> Own:
         return load_own(data, task, lambda amount: bar.update(amount) and None)
 
 
-def _own_labels(own: Own, setup: Setup) -> Labels:
+def _own_labels(data: Data, own: Own, setup: Setup) -> Labels:
+    if own.task == "grounding" and setup.grounding == "regions":
+        if not own.has_boxes:
+            raise UserError(
+                f"grounding=regions chooses among candidate boxes, and {data.path} has no column of them; give each "
+                "row a list of boxes in a column 'boxes' (or say its name with columns.boxes), or take grounding=box"
+            )
+        annotations = (source.annotation(index) for source in own.splits.values() for index in range(len(source)))
+        return Labels(boxes=max(len(found["boxes"]) for found in annotations))
     if own.task == "vqa":
         answers = {
             split: [source.annotation(index)["answers"] for index in range(len(source))]
@@ -176,9 +206,11 @@ def _own_labels(own: Own, setup: Setup) -> Labels:
     return Labels(own.classes, two_pictures=own.two_pictures)
 
 
-def _scene_labels(kind: str) -> Labels:
+def _scene_labels(kind: str, setup: Setup) -> Labels:
     if kind == "vqa":
         return Labels(tuple(map(normalise, ANSWERS)), key="answer")
+    if kind == "grounding" and setup.grounding == "regions":
+        return Labels(boxes=MAX_OBJECTS)
     return Labels(tuple(SHAPES) if kind == "classification" else ())
 
 
@@ -189,21 +221,47 @@ def _named_labels(data: Data, kind: str, setup: Setup, builder: tfds.core.Datase
     if kind == "classification":  # its classes are known once it is built
         built = prepared_builder(data.name, data.data_dir, data.config or None, data.manual_dir or None)
         return Labels(tuple(built.class_names()))
-    if kind != "vqa":
+    regions = kind == "grounding" and setup.grounding == "regions"
+    if regions and "boxes" not in features:
+        raise UserError(
+            f"grounding=regions chooses among candidate boxes, and {data.name} has no field 'boxes'; take grounding=box"
+        )
+    if kind != "vqa" and not regions:
         return Labels()
-    if "answer_id" in features:
+    if kind == "vqa" and "answer_id" in features:
         return Labels(tuple(map(normalise, features["answer_id"].names)), key="answer")
-    # Reading all questions of a large data set reads all of its pictures: what came of it is kept.
-    described = {"name": data.name, "config": data.config, "split": data.train_split, "least": setup.least_answers}
+    # Reading all examples of a large data set reads all of its pictures: what came of it is kept.
+    described: dict[str, Any] = {"name": data.name, "config": data.config}
+    if regions:
+        described |= {"splits": data.splits, "what": "boxes"}
+    elif setup.answers == "rank":
+        described |= {"splits": data.splits, "least": setup.least_answers}
+    else:
+        described |= {"split": data.train_split, "least": setup.least_answers}
     kept = Path(data.data_dir).expanduser() / "vocabularies" / f"{data.name}_{_fingerprint(described)}.json"
     if not kept.is_file():
-        train = load_examples(data.name, data.train_split, data.data_dir, data.config or None, data.manual_dir or None)
-        bar = tqdm(range(len(train)), desc=f"answers of {data.name}", disable=None, leave=False)
-        labels = answer_labels({"train": [texts(annotation(train, index)["answers"]) for index in bar]}, setup)
+        labels = _read_labels(data, regions, setup)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(dataclasses.asdict(labels)))
     stored = json.loads(kept.read_text())
     return Labels(**stored | {"names": tuple(stored["names"])})
+
+
+def _read_labels(data: Data, regions: bool, setup: Setup) -> Labels:
+    """What only the examples of a data set by name say: their answers, or how many candidate boxes they have."""
+    given = (data.config or None, data.manual_dir or None)
+    if regions:  # a picture's boxes are all of its phrases'
+        records = {split: load_source(data.name, named, data.data_dir, *given) for split, named in data.splits.items()}
+        return Labels(boxes=max(len(found["boxes"]) for source in records.values() for found in _read(data, source)))
+    read = data.splits if setup.answers == "rank" else {"train": data.train_split}
+    sources = {split: load_examples(data.name, named, data.data_dir, *given) for split, named in read.items()}
+    answers = {split: [texts(found["answers"]) for found in _read(data, source)] for split, source in sources.items()}
+    return answer_labels(answers, setup)
+
+
+def _read(data: Data, source: Source) -> Iterator[Mapping[str, Any]]:
+    bar = tqdm(range(len(source)), desc=f"reading {data.name}", disable=None, leave=False)
+    return (annotation(source, index) for index in bar)
 
 
 def _fields(features: Mapping[str, Any]) -> set[str]:

@@ -165,11 +165,14 @@ def parse_config(experiment: ModuleType, arguments: Sequence[str], *, show_help:
     try:
         return _parse(preset, itertools.chain(*spelled), quiet=True)
     except SystemExit as refused:
-        _raise_user_error(refused)
+        if (said := _said_by_configuration(refused)) is not None:
+            raise said from None
         for (flag, values), parts in zip(given, spelled, strict=True):
             try:
                 _parse(preset, parts, quiet=True)
-            except SystemExit:
+            except SystemExit as alone:
+                if _said_by_configuration(alone) is not None:
+                    continue  # the value fits its type, and only misses one of the other flags
                 value = repr(" ".join(values)) if values else "without a value"
                 raise UserError(f"{flag} cannot be {value}; allowed: {_type_name(fields[flag])}") from None
         raise UserError(f"the arguments do not fit together: {' '.join(arguments)}") from None
@@ -190,13 +193,12 @@ def _parse(preset: Any, arguments: Iterable[str], *, quiet: bool) -> Any:
         ).config
 
 
-def _raise_user_error(refused: BaseException) -> None:
-    """Raises what a configuration said against its values: tyro takes it for its own and ends the process with it."""
+def _said_by_configuration(refused: BaseException) -> UserError | None:
+    """What a configuration said against its values: tyro takes it for its own and ends the process with it."""
     cause = refused.__context__
-    while cause is not None:
-        if isinstance(cause, UserError):
-            raise cause from None
+    while cause is not None and not isinstance(cause, UserError):
         cause = cause.__context__
+    return cause
 
 
 def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -129,6 +129,8 @@ class Sent:
     def __init__(self, source: Source, routes: np.ndarray):
         if len(source) != len(routes):
             raise UserError(f"{len(routes)} routes were given for {len(source)} examples")
+        if len(routes) and np.min(routes) < -1:
+            raise UserError(f"a route is a task from 0 on, or -1 for the bare backbone; given {np.min(routes)}")
         self._source, self._routes = source, routes
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from vla_jax.names import Tree
 from vla_jax.pairing import Pairing
 
 MODALITIES = ("image", "text")
+ENCODED_TEXTS = "encoded_texts"  # beside backbone, adapters and heads in the frozen tree that a step is given
 Batch = Mapping[str, jax.Array]
 
 
@@ -29,6 +30,9 @@ class Task(Protocol):
 
     A task may also have ``texts``: tokens int32 and mask bool ``[texts, length]`` of texts that are the same for every
     example, such as names of classes. They are encoded in place of the batch's.
+
+    And it may have ``from_examples``, which makes the head that training starts from, in place of :meth:`init`'s, of
+    the training pictures' features ``[examples, width]`` and their labels int ``[examples]``.
     """
 
     name: str
@@ -115,6 +119,7 @@ class AdaptedModel:
         batch: Batch,
         key: jax.Array | None = None,
         fixed: tuple[np.ndarray, np.ndarray] | None = None,
+        encoded: Tree | None = None,
     ) -> CLIPOutput:
         """Runs the backbone and what sits in it on a batch, or on the streams of a batch that a prefix was cached for.
 
@@ -127,7 +132,10 @@ class AdaptedModel:
             fixed: tokens and mask ``[texts, length]`` of texts that are every example's, in place of the batch's. They
                 are encoded once and come out as they are; where adapters need pairs, or pick weights by example, one
                 row a pair comes out.
+            encoded: what has been made of the fixed texts before, as :meth:`encoded_texts` returned it: nothing of it
+                is computed again.
         """
+        encoded = encoded or {}
         dropped = after = None
         if key is not None and self.robust_drop:
             dropped = draw(key, self.robust_drop)
@@ -146,15 +154,17 @@ class AdaptedModel:
             return jnp.broadcast_to(text, (len(batch[shown_as]), *text.shape))
 
         tokens = mask = None
-        if shown["text"]:
+        if shown["text"] and "features" not in encoded:
             tokens, mask = map(for_each, (batch["tokens"], batch["text_mask"]) if fixed is None else fixed)
         pairing = Pairing.of(image, 3 if streams else 4, tokens)
         image = pairing.images(image, repeat=repeat)
         if streams:
             at = self.plan.first_layers()
             stream = None
-            if shown["text"]:
-                stream = batch["text_stream"] if fixed is None else for_each(self._text_stream(params, fixed))
+            if tokens is not None and fixed is None:
+                stream = batch["text_stream"]
+            elif tokens is not None:
+                stream = for_each(encoded["stream"] if "stream" in encoded else self._text_stream(params, fixed))
             after = Prefix(image, pairing.text(stream, repeat=repeat), at["vision"], at["text"])
         route = batch.get("mixture", batch.get("route")) if routed else None
         output = self.clip.apply(
@@ -167,6 +177,8 @@ class AdaptedModel:
             key=key,
             after=after,
         )
+        if "features" in encoded:
+            output = output.replace(text_features=encoded["features"])
         return output if repeat else pairing.repeated(output)
 
     def check_room(self, text_length: int) -> None:
@@ -190,15 +202,15 @@ class AdaptedModel:
 
     def loss(self, params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The task's loss, and AdapterFusion's penalty; see :func:`vla_jax.training.step.make_train_step`."""
-        output = self.apply(params, batch, key, fixed_texts(self.task))
+        output = self.apply(params, batch, key, fixed_texts(self.task), params.get(ENCODED_TEXTS))
         loss, metrics = self.task.loss(params["heads"][self.task.name], output, batch)
         return loss + value_penalty(params.get("adapters", {})), metrics
 
     def predict(self, params: Tree, batch: Batch, task: Task | None = None) -> dict[str, jax.Array]:
         """The task's per-example results, or those of another task that needs no trained head."""
-        output = self.apply(params, batch, fixed=fixed_texts(task or self.task))
         if task is not None:
-            return task.predict({}, output, batch)
+            return task.predict({}, self.apply(params, batch, fixed=fixed_texts(task)), batch)
+        output = self.apply(params, batch, fixed=fixed_texts(self.task), encoded=params.get(ENCODED_TEXTS))
         return self.task.predict(params["heads"][self.task.name], output, batch)
 
     def prefix(self, params: Tree, batch: Batch, towers: Sequence[str] | None = None) -> dict[str, jax.Array]:
@@ -239,6 +251,42 @@ class AdaptedModel:
         """The towers whose streams are made of the batch: not of what is not shown, nor of texts of a task's own."""
         vision = ("vision",) if "image" in self.modalities else ()
         return (*vision, "text") if "text" in self.modalities and fixed_texts(self.task) is None else vision
+
+    def encoded_as(self, trained: Sequence[str]) -> str | None:
+        """What can be made of the task's own texts once for a whole run, if anything: ``features`` or ``stream``.
+
+        Args:
+            trained: names of the trained leaves. Nothing can be made where one is in the text tower, nor where features
+                depend on the picture beside the text or on the example's route; where adapters sit in the text tower,
+                it is the stream below the first one, which batches of pictures that come as streams go on from.
+        """
+        groups = self.plan.groups
+        if "text" not in self.modalities or fixed_texts(self.task) is None or self.plan.needs_pairs:
+            return None
+        if any(name.startswith("backbone/text/") for name in trained):
+            return None
+        if not any(group.tasks for group in groups) and all(
+            tower != "text" for group in groups for tower, _ in group.places()
+        ):
+            return "features"
+        touched = any(name.startswith("backbone/") for name in trained) or self.plan.inserts_tokens
+        below = self.plan.first_layers()["text"]
+        return "stream" if below and not touched and "image" in self.modalities else None
+
+    def encoded_texts(self, params: Tree, kind: str) -> dict[str, jax.Array]:
+        """What the backbone makes of the task's own texts, to be merged into the tree as ``encoded_texts``.
+
+        Args:
+            params: the whole tree, or its ``backbone`` alone.
+            kind: what :meth:`encoded_as` says.
+
+        Returns:
+            ``features`` ``[texts, projection]``, or ``stream`` ``[texts, length, width]``.
+        """
+        texts = fixed_texts(self.task)
+        if kind == "stream":
+            return {"stream": self._text_stream(params, texts)}
+        return {"features": self.clip.apply({"params": params["backbone"]}, None, *texts).text_features}
 
     def _text_stream(self, params: Tree, texts: tuple[np.ndarray, np.ndarray]) -> jax.Array:
         """The stream of fixed texts where the first adapter meets it."""

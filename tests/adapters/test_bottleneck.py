@@ -43,7 +43,7 @@ SETTINGS = {
     "parallel_scaled": Bottleneck(rank=3, parallel=True, scale=4.0, activation="quick_gelu"),
     "norm": Bottleneck(rank=3, layer_norm=True, activation="gelu"),
     "parallel_norm": Bottleneck(rank=2, parallel=True, layer_norm=True, scale=2.0, activation="gelu_tanh"),
-    "normal": Bottleneck(rank=7, init="normal", activation="identity"),
+    "normal": Bottleneck(rank=5, init="normal", activation="identity"),
     "reduction": Bottleneck(reduction=3, activation="gelu"),
     "channel_scale": Bottleneck(rank=3, channel_scale=True, scale=2.0),
     "drop_path_in_evaluation": Bottleneck(rank=3, drop_path=0.9),

@@ -208,6 +208,26 @@ def test_classes_are_numbered_by_size_by_letter_or_as_given(tmp_path):
         )
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_candidate_boxes_may_differ_in_number(suffix, tmp_path):
+    names = pictures(tmp_path, 12)
+    boxes = [[[2, 3, 12, 18]], [[2, 3, 12, 18], [0, 0, 5, 5]]]
+    rows = [{"image": n, "phrase": "it", "box": [2, 3, 12, 18], "boxes": boxes[i % 2]} for i, n in enumerate(names)]
+    data = OwnData(str(write(tmp_path / f"rows.{suffix}", rows)), validation_share=0.3, test_share=0.3)
+    own = load_own(data)
+    assert own.has_boxes
+    for source in own.splits.values():
+        for index in range(len(source)):
+            example = source[index]
+            expected = boxes[names.index(example["image_id"]) % 2]
+            np.testing.assert_array_equal(example["boxes"], np.float32(expected))
+    # A column of that name may mean something else, and is then left alone.
+    without = load_own(dataclasses.replace(data, columns=Columns(boxes="")))
+    assert not without.has_boxes
+    assert "boxes" not in without.splits["train"][0]
+    assert without.fingerprint != own.fingerprint
+
+
 def test_boxes_may_be_corner_and_size_and_pictures_lie_elsewhere(tmp_path):
     names = pictures(tmp_path / "photos", 60)
     told = [{"image": name, "phrase": "it", "box": "2 3 10 15"} for name in names]

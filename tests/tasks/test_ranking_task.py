@@ -64,3 +64,23 @@ def test_a_constant_model_is_never_right():
     same = GIVEN.replace(image_features=jnp.ones((BATCH, WIDTH)), text_features=jnp.ones((BATCH, WIDTH)))
     found = TASK.predict(PARAMS, same, {"label": jnp.zeros(4, jnp.int32)})
     assert not found["correct"].any()
+
+
+def test_where_annotators_disagree_any_of_their_most_frequent_answers_is_right():
+    best = expected(PARAMS).argmax(1)
+    candidates = np.tile(np.array([7, 3, 5, 0], np.int32), (EXAMPLES, 1))
+    first, other = candidates[np.arange(4), best], candidates[np.arange(4), (best + 1) % 4]
+    batch = {
+        "label": jnp.asarray((best + 1) % 4, jnp.int32),
+        "candidates": jnp.asarray(candidates),
+        # Equally frequent; a rarer answer; rarer than an answer that is no candidate; unanimous.
+        "answer_ids": jnp.asarray([[first[0], other[0]], [other[1], first[1]], [-1, first[2]], [first[3], -1]]),
+        "answer_counts": jnp.asarray([[2, 2], [3, 1], [3, 1], [4, 0]]),
+    }
+    found = TASK.predict(PARAMS, GIVEN, batch)
+    np.testing.assert_array_equal(found["prediction"], first)
+    np.testing.assert_array_equal(found["correct"], [True, False, False, True])
+    # One of four annotators at a time is left out; three others who agree are worth 1.
+    np.testing.assert_allclose(found["accuracy"], [(2 * 1 / 3 + 2 * 2 / 3) / 4, 3 * 1 / 3 / 4, 3 * 1 / 3 / 4, 1])
+    equal = TASK.predict(TASK.init(4 * WIDTH), GIVEN.replace(scale=jnp.float32(0)), batch)
+    assert not equal["correct"].any()

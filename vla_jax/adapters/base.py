@@ -147,7 +147,13 @@ class Sized:
                 raise UserError(f"{name} must be at least 1, got {value}")
 
     def rank_for(self, width: int) -> int:
-        """The bottleneck's width in a stream of this width."""
+        """The bottleneck's width in a stream of this width.
+
+        Raises:
+            UserError: for a rank above the width, where nothing would be narrow, or a reduction that leaves nothing.
+        """
+        if self.rank is not None and self.rank > width:
+            raise UserError(f"rank {self.rank} is above the width of {width} it is to narrow; allowed: 1 to {width}")
         if self.rank is not None:
             return self.rank
         if self.reduction > width:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vla_jax.errors import UserError
 from vla_jax.names import Tree, flatten, unflatten
@@ -54,6 +55,7 @@ class BoundAdapters:
     def occupy(self, route: jax.Array | None, key: jax.Array | None) -> Occupancy:
         """Binds the adapters to a batch; see :class:`vla_jax.slots.Adapters`."""
         flat = flatten(self.params)
+        _check_route(route, self.plan)
         batch = _Batch(route, self.dropped, self.inspect)
         members = [_Member(group, flat, batch, key) for group in self.plan.groups]
         insert, embed, segments, side, projection = {}, {}, {}, {}, {}
@@ -78,6 +80,18 @@ class BoundAdapters:
         joints.sort(key=lambda joint: (joint.vision_layer, joint.text_layer))
         conditioned = any(group.method.conditioned for group in self.plan.groups)
         return Occupancy(insert, embed, segments, tuple(joints), side, projection, conditioned)
+
+
+def _check_route(route: jax.Array | None, plan: Plan) -> None:
+    """Refuses tasks that no adapter has where the route is known; in a compiled program such examples become NaN."""
+    counts = [group.tasks for group in plan.groups if group.tasks]
+    if route is None or not counts or isinstance(route, jax.core.Tracer) or route.ndim != 1:
+        return
+    strange = np.setdiff1d(np.asarray(route), np.arange(-1, max(counts)))
+    if strange.size:
+        raise UserError(
+            f"the route names task {strange[0]}; allowed: -1 (the bare backbone) to {max(counts) - 1} of these adapters"
+        )
 
 
 class _Batch:

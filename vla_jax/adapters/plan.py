@@ -198,20 +198,30 @@ class Plan(NamedTuple):
         return self._replace(placements=placements, groups=groups)
 
     def select_task(self, params: Tree, task: int) -> dict[str, Any]:
-        """One task's parameters, as :meth:`single` takes them; what tasks share is among them."""
+        """One task's parameters, as :meth:`single` takes them; what tasks share is among them.
+
+        Raises:
+            UserError: for a task that the parameters do not have.
+        """
         leaves = self.leaves()
         chosen = {}
         for path, value in flatten(params).items():
             axis = leaves[path].task_axis
+            _check_task(task, value, axis)
             chosen[path] = value if axis is None else value[(slice(None),) * axis + (task,)]
         return unflatten(chosen)
 
     def set_task(self, params: Tree, task: int, own: Tree) -> dict[str, Any]:
-        """The parameters with one task's replaced by ``own``; what tasks share stays as it is."""
+        """The parameters with one task's replaced by ``own``; what tasks share stays as it is.
+
+        Raises:
+            UserError: for a task that the parameters do not have.
+        """
         leaves, given = self.leaves(), flatten(own)
         changed = {}
         for path, value in flatten(params).items():
             axis = leaves[path].task_axis
+            _check_task(task, value, axis)
             at = (slice(None),) * (axis or 0) + (task,)
             changed[path] = value if axis is None else jnp.asarray(value).at[at].set(given[path])
         return unflatten(changed)
@@ -308,3 +318,9 @@ def _weights(group: Group, backbone: Tree | None) -> LinearWeights:
         return jax.tree.map(lambda a: a[None], weights)
     served = jnp.array(group.layers[0])
     return jax.tree.map(lambda a: a[served], weights)
+
+
+def _check_task(task: int, value: jax.Array, axis: int | None) -> None:
+    """Refuses a task outside its range: indexing would take the last one instead, and setting would do nothing."""
+    if axis is not None and not 0 <= task < value.shape[axis]:
+        raise UserError(f"there is no task {task}; allowed: 0 to {value.shape[axis] - 1}")

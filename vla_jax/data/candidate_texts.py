@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class CandidateTexts:
             may be named too.
         answer_key: the field with the right candidate, or with a list of which the most frequent one is right.
         shown: candidates that training shows, the right one included; all where there are no more.
+        known: how many of the candidates, from the first on, training may show; the others are met in evaluation
+            alone. All if 0.
     """
 
     tokenize: Callable[[str], tuple[np.ndarray, np.ndarray]]
@@ -34,8 +37,14 @@ class CandidateTexts:
     template: str = "question: {question} answer: {}"
     answer_key: str = "answers"
     shown: int = 16
+    known: int = 0
 
     def __post_init__(self):
+        if self.known < 0 or self.known == 1 or self.known > len(self.candidates):
+            raise UserError(
+                f"known is how many of the {len(self.candidates)} candidates training may show: at least 2, or 0 for "
+                f"all; got {self.known}"
+            )
         if len(self.candidates) < 2 or self.shown < 2:
             raise UserError(
                 f"ranking needs at least 2 candidates, and 2 shown; got {len(self.candidates)} and {self.shown}"
@@ -46,6 +55,8 @@ class CandidateTexts:
         if len(places) < len(self.candidates):
             raise UserError("two candidates have one normal form; leave one of them out")
         object.__setattr__(self, "_places", places)
+        named = [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
+        object.__setattr__(self, "_named", tuple(dict.fromkeys(named)))
 
     def __call__(
         self, example: Mapping[str, Any], views: Sequence[View], generator: np.random.Generator | None
@@ -58,18 +69,24 @@ class CandidateTexts:
             which training refuses.
 
         Raises:
-            UserError: in training, for an example whose answer is no candidate.
+            UserError: for a field that the template names and the example lacks; in training, for an example whose
+                answer is no candidate.
         """
         del views
         answer = Counter(map(normalise, given_answers(example, self.answer_key))).most_common(1)[0][0]
         right = self._places.get(answer, -1)
         chosen = np.arange(len(self.candidates))
         if generator is not None:
-            if right < 0:
-                raise unknown("candidate answer", answer, self.candidates, "Leave the example out of training.")
-            others = generator.permutation(np.delete(chosen, right))[: self.shown - 1]
+            known = self.candidates[: self.known or None]
+            if not 0 <= right < len(known):
+                raise unknown("candidate answer", answer, known, "Leave the example out of training.")
+            others = generator.permutation(np.delete(chosen[: len(known)], right))[: self.shown - 1]
             chosen = generator.permutation(np.append(others, right))
-        fields = {name: texts([value])[0] for name, value in example.items() if isinstance(value, str | bytes)}
+        for name in self._named:
+            if name not in example:
+                raise unknown("field of an example", name, example, f"The template {self.template!r} names it.")
+        # Those alone: other fields may be the bytes of a picture, which are no text.
+        fields = {name: texts([example[name]])[0] for name in self._named}
         rows = [self.tokenize(self.template.format(self.candidates[place], **fields)) for place in chosen]
         place = np.flatnonzero(chosen == right)
         return {

@@ -121,11 +121,37 @@ class PrototypeClassification(_Classifier):
 
 
 @dataclasses.dataclass(frozen=True)
+class PictureFeatures:
+    """No classifier yet: pictures' features beside their labels, of which a head can be made before training."""
+
+    name: str = "picture_features"
+
+    def init(self, features: int) -> dict[str, Tree]:
+        """A head without parameters."""
+        del features
+        return {}
+
+    def loss(self, head: Tree, output: CLIPOutput, batch: Batch) -> tuple[Float[Array, ""], dict]:
+        """There is nothing to be trained."""
+        raise UserError("features are not trained; train a classifier on them")
+
+    def predict(self, head: Tree, output: CLIPOutput, batch: Batch) -> dict[str, jax.Array]:
+        """``features`` float32 ``[batch, width]`` and ``label`` int32 ``[batch]``."""
+        del head
+        return {"features": output.image_features.astype(jnp.float32), "label": batch["label"]}
+
+    def finish(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The features themselves."""
+        return dict(found)
+
+
+@dataclasses.dataclass(frozen=True)
 class ZeroShotClassification(_Classifier):
     """Pictures compared with texts that name the classes (Radford et al. 2021, section 3.1); adapters may be trained.
 
     A class's feature is the mean of its texts' normalised features, normalised again. The texts are encoded with each
-    batch, by the adapted text tower; where nothing in it is trained, they are constants of the compiled program.
+    batch, by the adapted text tower; where nothing in it is trained, a comparison encodes them once for all steps
+    (:meth:`vla_jax.model.AdaptedModel.encoded_as`).
 
     Attributes:
         name: the head's name, ``heads/<name>/log_scale``: the logarithm of a factor on the backbone's scale.

@@ -1,7 +1,7 @@
 """Ranking of texts: which of several texts belongs to the picture, such as which answer to a question on it.
 
 The candidates are texts, so that they need not be known in training: the vocabulary is open. Batches carry ``tokens``
-and ``text_mask`` with an axis for candidates, as :class:`vla_jax.data.answers.CandidateTexts` makes them.
+and ``text_mask`` with an axis for candidates, as :class:`vla_jax.data.candidate_texts.CandidateTexts` makes them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from vla_jax.backbones.clip import CLIPOutput
 from vla_jax.names import Tree
 from vla_jax.tasks.heads import apply_linear, linear_head, masked_mean, pair_features
+from vla_jax.tasks.vqa import answer_accuracy
 
 Batch = Mapping[str, jax.Array]
 
@@ -55,15 +56,24 @@ class TextRanking:
 
         Returns:
             ``prediction`` int32 ``[batch]``, which candidate it is (by the batch's ``candidates``, or by its place);
-            ``correct`` bool ``[batch]``, whether the right one scores strictly highest.
+            ``correct`` bool ``[batch]``, whether the right one scores strictly highest. Where batches say what all
+            annotators answered (``answer_ids`` and ``answer_counts``, by the numbers of ``candidates``), any of their
+            most frequent answers is right, and there is ``accuracy`` float32 ``[batch]``, that of
+            :mod:`vla_jax.evaluation.vqa` for the best candidate.
         """
         logits, label = self.logits(head, output, batch), batch["label"]
         best = jnp.argmax(logits, -1)
         own = jnp.arange(logits.shape[-1]) == label[:, None]  # nowhere for a label of -1
-        right = jnp.where(own, logits, -jnp.inf).max(-1) > jnp.where(own, -jnp.inf, logits).max(-1)
         if "candidates" in batch:
             best = jnp.take_along_axis(batch["candidates"], best[:, None], axis=-1)[:, 0]
-        return {"prediction": best.astype(jnp.int32), "correct": right & (label >= 0)}
+        found = {"prediction": best.astype(jnp.int32)}
+        if "answer_counts" in batch:
+            given = batch["candidates"][:, :, None] == batch["answer_ids"][:, None]  # [batch, candidates, answers]
+            counts = jnp.where(given, batch["answer_counts"][:, None], 0).sum(-1)
+            own = (counts > 0) & (counts == batch["answer_counts"].max(-1, keepdims=True))
+            found["accuracy"] = answer_accuracy(best, batch)
+        right = jnp.where(own, logits, -jnp.inf).max(-1) > jnp.where(own, -jnp.inf, logits).max(-1)
+        return found | {"correct": right & own.any(-1)}
 
     def finish(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The predictions themselves: each stands for its own example."""

@@ -54,7 +54,7 @@ class AnswerClassification:
         """The binary cross-entropies, summed over answers; their mean over the global batch, and the accuracy."""
         logits = self.logits(head, output)
         losses = optax.sigmoid_binary_cross_entropy(logits, self._targets(batch)).sum(-1)
-        accuracy = _accuracy(jnp.argmax(logits, -1), batch)
+        accuracy = answer_accuracy(jnp.argmax(logits, -1), batch)
         valid = batch.get("valid")
         return masked_mean(losses, valid), {"accuracy": masked_mean(accuracy, valid)}
 
@@ -70,7 +70,7 @@ class AnswerClassification:
         agreed = _agreed(prediction, batch)
         return {
             "prediction": prediction,
-            "accuracy": _accuracy(prediction, batch),
+            "accuracy": answer_accuracy(prediction, batch),
             "correct": (agreed > 0) & (agreed == batch["answer_counts"].max(-1)),
         }
 
@@ -93,8 +93,13 @@ def _agreed(prediction: Int[Array, "batch"], batch: Batch) -> Int[Array, "batch"
     return jnp.where(batch["answer_ids"] == prediction[:, None], batch["answer_counts"], 0).sum(-1)
 
 
-def _accuracy(prediction: Int[Array, "batch"], batch: Batch) -> Float[Array, "batch"]:
-    """The mean over annotators left out of min(others who gave the answer / 3, 1); see evaluation/vqa.py."""
+def answer_accuracy(prediction: Int[Array, "batch"], batch: Batch) -> Float[Array, "batch"]:
+    """The mean over annotators left out of min(others who gave the answer / 3, 1); see evaluation/vqa.py.
+
+    Args:
+        prediction: which answer, by the numbers of ``answer_ids``.
+        batch: ``answer_ids`` and ``answer_counts`` ``[batch, answers]``.
+    """
     count = _agreed(prediction, batch).astype(jnp.float32)
     everybody = jnp.maximum(batch["answer_counts"].sum(-1), 1).astype(jnp.float32)
     without_one, without_another = jnp.minimum((count - 1) / 3, 1), jnp.minimum(count / 3, 1)

@@ -10,6 +10,7 @@ import published_layouts
 import pytest
 from transformers import CLIPImageProcessorPil
 
+import vla_jax.data_sets
 from vla_jax.data.few_shot_sets import FEW_SHOT_SETS
 from vla_jax.data.text import train_word_tokenizer
 from vla_jax.data_sets import Data, find, splits_of
@@ -75,6 +76,45 @@ def test_the_task_follows_from_the_fields_and_its_rows_are_those_of_its_batches(
         assert len(example["captions"]) > 1
         drawn = {bytes(task.transform(example, np.random.default_rng(seed))["tokens"]) for seed in range(30)}
         assert drawn == {bytes(backbone_tokens(task, text)) for text in example["captions"]}
+
+
+@pytest.mark.filterwarnings("ignore:a text of")
+def test_phrases_choose_among_all_annotated_objects(backbone, tmp_path, monkeypatch):
+    settings, setup = data(tmp_path, "refcoco", test_split="testB"), Setup(grounding="regions")
+    found = find(settings, "", setup)
+    task = data_of_kind("grounding", found.labels, setup, backbone, splits_of(settings, found, backbone))
+    counts = []
+    for source in task.splits.values():
+        for index in range(len(source)):
+            example = source[index]
+            row = task.transform(example, None)
+            assert row["boxes"].shape == (max(found.labels.boxes, 2), 4)
+            assert row["boxes_mask"].sum() == len(example["boxes"])
+            counts.append(len(example["boxes"]))
+    assert max(counts) == found.labels.boxes
+    monkeypatch.setattr("vla_jax.data_sets.load_source", None)  # what was counted is kept
+    assert find(settings, "", setup) == found
+    with pytest.raises(UserError, match="easy_vqa has no field 'boxes'; take grounding=box"):
+        vla_jax.data_sets._named_labels(
+            Data(name="easy_vqa"), "grounding", setup, vla_jax.data_sets.make_builder("easy_vqa", tmp_path)
+        )
+
+
+@pytest.mark.filterwarnings("ignore:a text of")
+def test_ranked_answers_are_those_of_all_splits_the_training_questions_first(backbone, tmp_path):
+    settings, setup = data(tmp_path, "vqav2", test_split="validation"), Setup(answers="rank", shown_answers=2)
+    found = find(settings, "", setup)
+    assert found.labels.names[: found.labels.trained] == find(settings, "", Setup()).labels.names
+    task = data_of_kind("vqa", found.labels, setup, backbone, splits_of(settings, found, backbone))
+    for split, source in task.splits.items():
+        for index in range(len(source)):
+            row = task.transform(source[index], None)
+            assert row["tokens"].shape == (len(found.labels.names), 16)
+            assert row["label"] >= 0
+            if split == "train":
+                drawn = task.transform(source[index], np.random.default_rng(0))
+                assert drawn["tokens"].shape == (2, 16)
+                assert drawn["candidates"].max() < found.labels.trained
 
 
 def backbone_tokens(task, text):

@@ -22,6 +22,9 @@ MOST_NAME = 1000
 MOST_TEXT = 1 << 16
 """Characters of a text, of which a tower reads a few hundred."""
 
+MOST_BOXES = 1000
+"""Candidate boxes of a row. Every row of a batch has room for as many as the row that has most."""
+
 Kind = Literal[
     "row",
     "column",
@@ -78,6 +81,8 @@ class RowReader:
             used.append("text")
         if self.two_pictures:
             used.append("image_1")
+        if self.task == "grounding":
+            used.append("boxes")
         return {name: self.columns[name] for name in used if name in self.columns}
 
     @property
@@ -98,7 +103,7 @@ class RowReader:
         Returns:
             ``image_id``, the picture's path in the folder, and ``image_id_1``, a second one's; ``class_name`` (whose
             number only the classes say), ``text`` and ``label`` 0 or 1, ``captions``, ``question`` and ``answers``,
-            ``phrase`` and ``box``, by the task; ``split`` and ``id`` where there are any.
+            ``phrase``, ``box`` and ``boxes``, by the task; ``split`` and ``id`` where there are any.
         """
         fields: dict[str, Any] = {}
         flaws: list[Flaw] = []
@@ -114,10 +119,10 @@ class RowReader:
                 flaws.append(flaw)
         return fields, flaws
 
-    def check_box(self, box: list[float], width: int, height: int) -> Iterator[Flaw]:
-        """What is wrong with a box in a picture of this size."""
+    def check_box(self, boxes: list[list[float]], width: int, height: int) -> Iterator[Flaw]:
+        """What is wrong with boxes in a picture of this size."""
         try:
-            check_boxes(np.array([box]), width, height, "the row")
+            check_boxes(np.array(boxes), width, height, "the row")
         except UserError as error:
             yield Flaw("box", str(error))
 
@@ -146,7 +151,9 @@ class RowReader:
 
     def _grounding(self) -> Iterator[Any]:
         yield lambda values: {"phrase": self._text(values, "phrase")}
-        yield self._box
+        yield lambda values: {"box": self._corners(self._value(values, "box"))}
+        if "boxes" in self.columns:
+            yield self._boxes
 
     def _value(self, values: Mapping[str, Any], name: str) -> Any:
         """A value that has to be there."""
@@ -212,8 +219,20 @@ class RowReader:
             )
         return {"label": truth}
 
-    def _box(self, values: Mapping[str, Any]) -> dict[str, list[float]]:
-        value = self._value(values, "box")
+    def _boxes(self, values: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+        value = self._value(values, "boxes")
+        try:
+            boxes = parse_json(value) if isinstance(value, str) else value
+        except ValueError:
+            boxes = None
+        if not isinstance(boxes, list) or not boxes or not all(isinstance(box, list) for box in boxes):
+            raise Flaw("box", f"candidate boxes are a list of at least one box of four numbers; got {shown(value)}")
+        if len(boxes) > MOST_BOXES:
+            raise Flaw("box", f"there are {len(boxes):,} candidate boxes; at most {MOST_BOXES:,}")
+        return {"boxes": [self._corners(box) for box in boxes]}
+
+    def _corners(self, value: Any) -> list[float]:
+        """A box as left, top, right and bottom."""
         try:
             numbers = value if isinstance(value, list) else value.strip("[]() ").replace(",", " ").split()
             left, top, a, b = (float(number) for number in numbers)
@@ -228,7 +247,7 @@ class RowReader:
             other = {"xyxy": "xywh", "xywh": "xyxy"}[self.data.box_format]
             message = f"the box {shown(value)} holds nothing, read as {self.data.box_format}; is box_format {other}?"
             raise Flaw("box", message)
-        return {"box": box}
+        return box
 
     def _split(self, values: Mapping[str, Any]) -> dict[str, str]:
         value = self._value(values, "split")

@@ -211,7 +211,7 @@ class Scan:
             if found.flaw is not None:
                 yield found.flaw
             elif found.size and "box" in fields:
-                yield from reader.check_box(fields["box"], *found.size)
+                yield from reader.check_box([fields["box"], *fields.get("boxes", ())], *found.size)
         said = fields.get("split", split)
         # Where a split has a file of its own, or the file is that of another: only the user knows which is right.
         if said != split and (split != "train" or said in self.tables):

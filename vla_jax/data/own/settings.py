@@ -47,6 +47,8 @@ class Columns:
         answers: a list of answers, of several annotators.
         phrase: an expression that means one thing in the picture.
         box: where that is, four numbers.
+        boxes: a list of candidate boxes, the phrase's own best among them, for grounding that chooses among them;
+            empty for a file whose column of that name means something else.
         split: ``train``, ``validation`` or ``test``; empty for a file whose column of that name means something else.
         id: a name of the row that no other has; empty as above.
     """
@@ -62,13 +64,16 @@ class Columns:
     answers: str = "answers"
     phrase: str = "phrase"
     box: str = "box"
+    boxes: str = "boxes"
     split: str = "split"
     id: str = "id"
 
     def __post_init__(self):
         for name, column in dataclasses.asdict(self).items():
-            if not column and name not in ("split", "id"):
-                raise UserError(f"the column for {name} has no name; only those for split and id can be left out")
+            if not column and name not in ("boxes", "split", "id"):
+                raise UserError(
+                    f"the column for {name} has no name; only those for boxes, split and id can be left out"
+                )
 
     def present(self, found: Iterable[str]) -> dict[str, str]:
         """Which of the columns a file has, ours by name and the file's.

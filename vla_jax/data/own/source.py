@@ -15,7 +15,7 @@ import numpy as np
 from vla_jax.data.image import read_picture
 from vla_jax.data.own.rows import RowReader
 from vla_jax.data.own.scan import Problem, Progress, Scan, Summary
-from vla_jax.data.own.settings import SPLITS, OwnData
+from vla_jax.data.own.settings import SPLITS, Columns, OwnData
 from vla_jax.data.own.tables import Table
 from vla_jax.errors import UserError
 
@@ -77,8 +77,9 @@ class OwnSource:
         for further in range(first + 1, int(self._ends[index])):
             fields["captions"] = fields["captions"] + self._row(further)["captions"]
         fields.pop("split", None)
-        if "box" in fields:
-            fields["box"] = np.asarray(fields["box"], np.float32)
+        for name in ("box", "boxes"):
+            if name in fields:
+                fields[name] = np.asarray(fields[name], np.float32)
         if "class_name" in fields:
             fields["label"] = self._numbers[fields["class_name"]]
         if "question" in fields and "id" in fields:
@@ -89,6 +90,11 @@ class OwnSource:
     def two_pictures(self) -> bool:
         """Whether examples have two pictures."""
         return self._readers[0].two_pictures
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether examples of grounding have candidate boxes."""
+        return all("boxes" in reader.needed for reader in self._readers)
 
     def place(self, index: int) -> str:
         """The file and line of an example."""
@@ -147,6 +153,11 @@ class Own:
         """Whether texts are about two pictures."""
         return self.splits["train"].two_pictures
 
+    @property
+    def has_boxes(self) -> bool:
+        """Whether examples of grounding have candidate boxes."""
+        return self.splits["train"].has_boxes
+
 
 def load_own(data: OwnData, task: str = "", progress: Progress | None = None) -> Own:
     """Checks files of one's own, all but the decoding of pictures, and makes them readable at random.
@@ -178,6 +189,8 @@ def _fingerprint(data: OwnData, task: str) -> str:
     read: dict[str, Any] = {field.name: getattr(data, field.name) for field in dataclasses.fields(OwnData)}
     read |= {"task": task, "columns": dataclasses.asdict(data.columns)}
     del read["images"]
+    if data.columns.boxes == Columns.boxes:
+        del read["columns"]["boxes"]  # the file says whether it has one; runs from before there was this setting go on
     for split, path in data.files.items():
         # What a file says, not where it lies.
         with Path(path).expanduser().open("rb") as file:
