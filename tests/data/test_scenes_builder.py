@@ -39,7 +39,9 @@ def _plain(example):
             value = value.decode()
         if name.startswith(("scene", "twin_scene")) and isinstance(value, str):
             value = json.loads(value)
-        plain[name] = np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic) else value
+        value = np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic) else value
+        texts = isinstance(value, list) and value and isinstance(value[0], bytes)
+        plain[name] = [text.decode() for text in value] if texts else value
     return plain
 
 

@@ -70,11 +70,18 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         size = self.builder_config.scene.image_size
         image = tfds.features.Image(shape=(size, size, 3), encoding_format="png")
         text, integer = tfds.features.Text(), tfds.features.Scalar(np.int32)
+        tags = dict.fromkeys(("tag", "secondary_tag", "collapsed_tag"), text) | {"num_main_preds": integer}
         if self.builder_config.kind == "quadruples":
             numbered = {"image": image, "scene": text, "caption": text}
             features = {f"{name}_{n}": feature for name, feature in numbered.items() for n in (0, 1)}
-            features |= dict.fromkeys(("tag", "secondary_tag", "collapsed_tag"), text)
-            return features | {"id": integer, "num_main_preds": integer}
+            return features | tags | {"id": integer}
+        texts = tfds.features.Sequence(text)
+        classes = {
+            "label": tfds.features.ClassLabel(names=list(SHAPES)),
+            "class_name": text,
+            "color_label": tfds.features.ClassLabel(names=list(COLORS)),
+            "color_name": text,
+        }
         of_kind: dict[str, dict[str, tfds.features.FeatureConnector]] = {
             "captions": {"caption": text, "caption_kind": text},
             "twins": {"caption": text, "twin_image": image, "twin_scene": text, "twin_caption": text, "swapped": text},
@@ -85,12 +92,15 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
             },
             "questions": {"question": text, "answer": text, "answer_id": integer, "question_kind": text},
             "phrases": {"phrase": text, "box": tfds.features.Tensor(shape=(4,), dtype=np.int32)},
-            "classes": {
-                "label": tfds.features.ClassLabel(names=list(SHAPES)),
-                "class_name": text,
-                "color_label": tfds.features.ClassLabel(names=list(COLORS)),
-                "color_name": text,
-            },
+            "classes": classes,
+            "complete": dict.fromkeys(("captions", "questions", "answers", "question_kinds"), texts)
+            | dict.fromkeys(("statements", "statement_kinds", "phrases"), texts)
+            | {"answer_ids": tfds.features.Sequence(integer)}
+            | {"statement_labels": tfds.features.Sequence(tfds.features.ClassLabel(names=["false", "true"]))}
+            | {"boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.int32)}
+            | {"image_1": image, "scene_1": text, "caption_0": text, "caption_1": text}
+            | classes
+            | tags,
         }
         return {"image": image, "scene": text} | of_kind[self.builder_config.kind]
 

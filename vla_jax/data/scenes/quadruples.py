@@ -110,7 +110,7 @@ def draw_twins(rng: Random, config: SceneConfig, split: str) -> tuple[Scene, Sce
 def _pair_caption(scene: Scene, one: SceneObject, other: SceneObject, what: str, rng: Random) -> str:
     if what == "cell":
         return captions.relation_sentence(
-            words_of(one, ("color",)), _first_relation(one, other), words_of(other, ("color",)), rng
+            words_of(one, ("color",)), first_relation(one, other), words_of(other, ("color",)), rng
         )
     modifiers = _pair_modifiers(what)
     return rng.choice(BINDING_TEMPLATES).format(language.both(words_of(one, modifiers), words_of(other, modifiers)))
@@ -120,7 +120,8 @@ def _pair_modifiers(what: str) -> tuple[str, ...]:
     return ("color",) if what in ("shape", "color") else (what,)
 
 
-def _first_relation(one: SceneObject, other: SceneObject) -> str:
+def first_relation(one: SceneObject, other: SceneObject) -> str:
+    """A relation in which ``one`` is to ``other``; where two hold, the one across."""
     return next(name for name in RELATIONS if language.holds(name, one, other))
 
 
@@ -150,30 +151,43 @@ def draw_quadruple(rng: Random, config: SceneConfig, split: str) -> Quadruple:
     tag = rng.choice(config.quadruple_tags)
     if tag == "Attribute":
         what = rng.choice(config.binding_attributes)
-        scene = draw_group(rng, config, split, what, 2)
-        twin = swap(scene, 0, 1, what)
-        template = rng.choice(BINDING_TEMPLATES)
-        texts = [template.format(language.both(*(words_of(o, (what,)) for o in s.objects[:2]))) for s in (scene, twin)]
-        return Quadruple((scene, twin), (texts[0], texts[1]), tag, f"Adjective-{what.capitalize()}", 1)
+        return attribute_quadruple(rng, draw_group(rng, config, split, what, 2), what)
     if tag == "Object":
         relation = rng.choice(tuple(RELATIONS))
         scene = draw_group(rng, config, split, "color", 2, lambda rng: draw_cells(rng, *RELATIONS[relation]))
-        twin = swap(scene, 0, 1, "cell")
-        one, other = scene.objects[:2]
-        words = words_of(one, ("color",)), words_of(other, ("color",))
-        seed = rng.getrandbits(64)
-        texts = [captions.relation_sentence(a, relation, b, Random(seed)) for a, b in (words, words[::-1])]
-        return Quadruple((scene, twin), (texts[0], texts[1]), tag, "Noun Phrase", 1)
-    scene = draw_group(rng, config, split, "color", 3, _corner_cells)
+        return object_quadruple(rng, scene, relation)
+    return relation_quadruple(rng, draw_group(rng, config, split, "color", 3, corner_cells))
+
+
+def attribute_quadruple(rng: Random, scene: Scene, what: str) -> Quadruple:
+    """The scene and its twin whose first two objects have exchanged an attribute."""
+    twin = swap(scene, 0, 1, what)
+    template = rng.choice(BINDING_TEMPLATES)
+    texts = [template.format(language.both(*(words_of(o, (what,)) for o in s.objects[:2]))) for s in (scene, twin)]
+    return Quadruple((scene, twin), (texts[0], texts[1]), "Attribute", f"Adjective-{what.capitalize()}", 1)
+
+
+def object_quadruple(rng: Random, scene: Scene, relation: str) -> Quadruple:
+    """The scene and its twin whose first two objects, which are in this relation, have exchanged places."""
+    twin = swap(scene, 0, 1, "cell")
+    one, other = scene.objects[:2]
+    words = words_of(one, ("color",)), words_of(other, ("color",))
+    seed = rng.getrandbits(64)
+    texts = [captions.relation_sentence(a, relation, b, Random(seed)) for a, b in (words, words[::-1])]
+    return Quadruple((scene, twin), (texts[0], texts[1]), "Object", "Noun Phrase", 1)
+
+
+def relation_quadruple(rng: Random, scene: Scene) -> Quadruple:
+    """The scene and its twin whose second and third object have exchanged places; they lie as :func:`corner_cells`."""
     twin = swap(scene, 1, 2, "cell")
     centre, second, third = scene.objects[:3]
-    relations = [language.relation_words(_first_relation(centre, thing), rng) for thing in (second, third)]
+    relations = [language.relation_words(first_relation(centre, thing), rng) for thing in (second, third)]
     start, middle, end = (language.with_article(words_of(thing, ("color",))) for thing in scene.objects[:3])
     texts = [f"{start} {a} {middle} and {b} {end}" for a, b in (relations, relations[::-1])]
-    return Quadruple((scene, twin), (texts[0], texts[1]), tag, "Preposition", 2)
+    return Quadruple((scene, twin), (texts[0], texts[1]), "Relation", "Preposition", 2)
 
 
-def _corner_cells(rng: Random) -> tuple[int, int, int]:
+def corner_cells(rng: Random) -> tuple[int, int, int]:
     """A cell, another one in its row, and another one in its column."""
     row, column = rng.randrange(3), rng.randrange(3)
     beside = rng.choice([other for other in range(3) if other != column])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from vla_jax.data.scenes import captions, quadruples, statements
+from vla_jax.data.scenes import captions, complete, quadruples, statements
 from vla_jax.data.scenes.render import annotations, object_arrays, object_box, patch_labels, render
 from vla_jax.data.scenes.sampling import NoContent, Scene, SceneConfig, allowed_ids, check_split, draw_scene, seeded
 from vla_jax.data.scenes.shifted import render_shifted
@@ -16,6 +16,7 @@ from vla_jax.errors import UserError, unknown
 
 Example = dict[str, Any]
 _ATTEMPTS = 50
+_TAGS = ("tag", "secondary_tag", "num_main_preds", "collapsed_tag")
 
 
 class SceneSource:
@@ -30,6 +31,11 @@ class SceneSource:
     - ``questions``: ``question``, ``answer``, ``answer_id`` (index in ``vocabulary.ANSWERS``), ``question_kind``
     - ``phrases``: ``phrase``, ``box`` (pixels, x0 y0 x1 y1)
     - ``classes``: ``label`` (shape id), ``class_name``, ``color_label``, ``color_name``; one object
+    - ``complete``: all of this of one scene of three objects and more. ``captions``; ``questions``, ``answers``,
+      ``answer_ids``, ``question_kinds``, one of each kind; ``statements``, ``statement_labels``, ``statement_kinds``, a
+      true and a false one of each kind; ``phrases``, ``boxes`` (as ``box``), one of each object; the largest
+      object's ``label``, ``class_name``, ``color_label``, ``color_name``; a second picture ``image_1``, ``scene_1``,
+      and ``caption_0``, ``caption_1``, ``tag``, ``secondary_tag``, ``num_main_preds``, ``collapsed_tag``
     - ``quadruples``: ``id``, ``caption_0``, ``caption_1``, ``tag``, ``secondary_tag``, ``num_main_preds``,
       ``collapsed_tag``
 
@@ -134,8 +140,31 @@ def _quadruples(rng: Random, config: SceneConfig, split: str, index: int) -> Exa
     for number, (scene, text) in enumerate(zip(drawn.scenes, drawn.captions, strict=True)):
         example |= {f"{key}_{number}": value for key, value in _seen(scene, config).items()}
         example[f"caption_{number}"] = text
-    tags = ("tag", "secondary_tag", "num_main_preds", "collapsed_tag")
-    return example | {name: getattr(drawn, name) for name in tags}
+    return example | {name: getattr(drawn, name) for name in _TAGS}
+
+
+def _complete(rng: Random, config: SceneConfig, split: str, index: int) -> Example:
+    drawn = complete.draw_complete(rng, config, split)
+    questions = complete.questions_of(drawn, rng, config)
+    told = complete.statements_of(drawn, rng, config)
+    quadruple = complete.quadruple_of(drawn, rng)
+    answers = [answer for _, answer, _ in questions]
+    return (
+        _seen(drawn.scene, config)
+        | {"captions": complete.captions_of(drawn, rng, config)}
+        | {"questions": [question for question, _, _ in questions], "answers": answers}
+        | {"answer_ids": [ANSWERS.index(answer) for answer in answers]}
+        | {"question_kinds": [kind for _, _, kind in questions]}
+        | dict(
+            zip(("statements", "statement_labels", "statement_kinds"), map(list, zip(*told, strict=True)), strict=True)
+        )
+        | {"phrases": complete.phrases_of(drawn, rng)}
+        | {"boxes": [list(object_box(thing, config.image_size)) for thing in drawn.scene.objects]}
+        | complete.class_of(drawn)
+        | {f"{key}_1": value for key, value in _seen(quadruple.scenes[1], config).items()}
+        | {f"caption_{number}": text for number, text in enumerate(quadruple.captions)}
+        | {name: getattr(quadruple, name) for name in _TAGS}
+    )
 
 
 _MAKERS: dict[str, Callable[[Random, SceneConfig, str, int], Example]] = {
@@ -145,6 +174,7 @@ _MAKERS: dict[str, Callable[[Random, SceneConfig, str, int], Example]] = {
     "questions": _questions,
     "phrases": _phrases,
     "classes": _classes,
+    "complete": _complete,
     "quadruples": _quadruples,
 }
 

@@ -14,7 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from vla_jax.data.scenes import language
-from vla_jax.data.scenes.sampling import MAX_OBJECTS, Scene, SceneConfig, allowed_ids, draw_count, draw_scene
+from vla_jax.data.scenes.sampling import (
+    MAX_OBJECTS,
+    Scene,
+    SceneConfig,
+    SceneObject,
+    allowed_ids,
+    draw_count,
+    draw_scene,
+)
 from vla_jax.data.scenes.vocabulary import ATTRIBUTES, COLORS, NUMBERS, PLACES, RELATIONS, SHAPES
 from vla_jax.errors import UserError
 
@@ -81,6 +89,13 @@ def binding_statement(attribute: str, pair: Pair, label: int, template: str) -> 
     return template.format(language.both(*words))
 
 
+def relation_statement(rng: Random, one: SceneObject, relation: str, other: SceneObject) -> str:
+    """Says where a thing lies from another."""
+    said = language.relation_words(relation, rng)
+    first, second = (language.words_of(thing, ("color",)) for thing in (one, other))
+    return f"the {first} is {said} the {second}"
+
+
 def count_statement(attribute: str, value: int, number: int, template: str) -> str:
     """Says how many things share a value."""
     return template.format("is" if number == 1 else "are", language.counted(number, attribute, value))
@@ -102,10 +117,9 @@ def draw_statement(rng: Random, config: SceneConfig, split: str) -> tuple[Scene,
     elif kind == "relation":
         relation = rng.choice(tuple(RELATIONS))
         scene = draw_group(rng, config, split, "color", 2, lambda rng: draw_cells(rng, *RELATIONS[relation]))
-        first, second = scene.objects[:2]
-        said = language.relation_words(relation if label else language.opposite(relation), rng)
-        words = [language.words_of(thing, ("color",)) for thing in (first, second)]
-        text = f"the {words[0]} is {said} the {words[1]}"
+        text = relation_statement(
+            rng, scene.objects[0], relation if label else language.opposite(relation), scene.objects[1]
+        )
     else:
         greatest = min(MAX_STATED_COUNT, config.max_objects)
         if greatest < 2:
@@ -173,10 +187,15 @@ def draw_phrase(rng: Random, config: SceneConfig, split: str) -> tuple[Scene, st
     """
     scene = draw_scene(rng, config, split)
     index = rng.randrange(len(scene.objects))
+    return scene, phrase_of(rng, scene, index), index
+
+
+def phrase_of(rng: Random, scene: Scene, index: int) -> str:
+    """A phrase that this object of the scene alone answers to."""
     thing = scene.objects[index]
     choices = [f"the object {language.at_place(thing)}"]
     for modifiers in ((), ("color",), ("size", "color"), ("texture", "color"), language.MODIFIERS):
         words = language.words_of(thing, modifiers)
         if sum(language.words_of(other, modifiers) == words for other in scene.objects) == 1:
             choices.append(f"the {words}")
-    return scene, rng.choice(choices), index
+    return rng.choice(choices)
