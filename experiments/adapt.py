@@ -12,7 +12,9 @@ chosen among candidates (``grounding``). The file is checked before anything is 
 everything that is wrong with it, and decodes every picture.
 
 In the work directory: ``results.{md,csv,jsonl}`` with the task's measures on validation and test data and their 95 %
-intervals, ``predictions_{validation,test}.jsonl`` with a line for each example, ``labels.json`` with what the head
+intervals, ``groups.*`` with the foremost one by class and by kind of question or statement, where rows say it,
+``retrieval.*`` with recall, median rank and mean average precision among a whole split, all captions of a picture
+counted, ``predictions_{validation,test}.jsonl`` with a line for each example, ``labels.json`` with what the head
 chooses from, and below ``runs`` the adapters, logs and checkpoints. The same command goes on with what is unfinished.
 """
 
@@ -27,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import rich
 import rich.markup
 import rich.table
@@ -36,14 +39,26 @@ from vla_jax.adapters import Plan
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
 from vla_jax.catalogue import entry, fits
 from vla_jax.comparison import Comparison
+from vla_jax.data.each_caption import EachCaption
 from vla_jax.data.stages import Source
 from vla_jax.data_sets import Data, Found, Generated, find, splits_of
 from vla_jax.errors import UserError, unknown
 from vla_jax.model import AdaptedModel
+from vla_jax.reporting.details import GROUPED, MORE, RETRIEVED, grouped, retrieved, summarised
 from vla_jax.reporting.predictions import measured, pictures_of, write_predictions
 from vla_jax.reporting.table import Column, Table, write_atomically
 from vla_jax.run_config import RunConfig
-from vla_jax.task_kinds import MEASURES, Setup, annotation, data_of_kind, manner, pictures_alone, task_of_kind
+from vla_jax.task_kinds import (
+    MEASURES,
+    Setup,
+    annotation,
+    data_of_kind,
+    manner,
+    pictures_alone,
+    task_of_kind,
+    transform_of_kind,
+)
+from vla_jax.tasks.retrieval import PairFeatures
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.sharding import check_batch, make_mesh
 from vla_jax.training.table import ResolvedTable
@@ -108,6 +123,10 @@ PRESETS = {
         budget=Budget(steps=10, batch_size=32, head_rate=1e-2, checkpoint_every=5, log_every=5),
     ),
 }
+
+
+_TOLD = ("validation", "test")
+"""The splits that results speak of."""
 
 
 class _Adaptation(Comparison):
@@ -221,10 +240,11 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
     _same_data(workdir / "data.json", found, config.setup)
     backbone = load_backbone(config.backbone, dtype=config.storage)
     data = data_of_kind(found.kind, found.labels, config.setup, backbone, splits_of(config.data, found, backbone))
+    captions = _each_caption(found, data, config.setup, backbone)
     # Validation data are looked at as test data are: with every prediction, not the mean alone.
     data = dataclasses.replace(
         data,
-        probes={"validation": Probe(data.splits["validation"])},
+        probes={"validation": Probe(data.splits["validation"])} | captions,
         streams=Path(config.streams_dir).expanduser() if config.streams_dir else None,
     )
     comparison = _Adaptation(backbone, data, config.budget, config.compute, make_mesh(config.mesh), workdir / "runs")
@@ -241,14 +261,17 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
     outcome = comparison.run(chosen)
     if found.labels.names:
         write_atomically(workdir / "labels.json", json.dumps(found.labels.names, ensure_ascii=False, indent=0))
-    rows = [_row(config, found, data.splits[split], outcome, split) for split in ("validation", "test")]
-    for split in ("validation", "test"):
+    rows = [_row(config, found, data.splits[split], outcome, split) for split in _TOLD]
+    for split in _TOLD:
         path = workdir / f"predictions_{split}.jsonl"
         write_predictions(path, data.splits[split], outcome.predictions[split], found.labels, config.budget.seeds)
     title = f"{outcome.variant.title} on {config.backbone}, {found.kind}"
     told = _told(found, rows[0])
     Table([*told, *_COSTS], rows, title=title).write(workdir, "results")
     _print(Table(told, rows, title=title).terminal())
+    for name, table in _details(found, data, outcome, title).items():
+        table.write(workdir, name)
+        _print(table.terminal())
     costs = (f"{column.title} {column.show(rows[0][column.name])[0]} {column.unit}".strip() for column in _COSTS)
     _print(", ".join(costs))
     rate = f"learning_rate_{outcome.learning_rate:g}"
@@ -256,6 +279,35 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
         _print(f"adapters: {workdir / 'runs' / chosen.name / rate / f'seed_{seed}' / 'adapters'}")
     _print(f"table and predictions: {workdir}")
     return rows
+
+
+def _each_caption(found: Found, data: TaskData, setup: Setup, backbone: Backbone) -> dict[str, Probe]:
+    """For retrieval, what a whole split is ranked by: every picture with each of its captions."""
+    if found.kind != "retrieval":
+        return {}
+    transform = transform_of_kind("retrieval", found.labels, setup, backbone, "caption")
+    return {
+        f"{split}_captions": Probe(EachCaption(data.splits[split]), transform, PairFeatures(), pairs=False)
+        for split in _TOLD
+    }
+
+
+def _details(found: Found, data: TaskData, outcome: Outcome, title: str) -> dict[str, Table]:
+    """What more there is to say, by the name of its file: by class and kind, and of retrieval among whole splits."""
+    groups = [
+        {"split": split} | row
+        for split in _TOLD
+        for row in grouped(found.kind, outcome.predictions[split], data.splits[split], found.labels)
+    ]
+    tables = {"groups": Table(GROUPED, groups, title=title)} if groups else {}
+    ranked = []
+    for split in _TOLD if found.kind == "retrieval" else ():
+        pairs = outcome.predictions[f"{split}_captions"]
+        pictures = data.probes[f"{split}_captions"].source.owner[pairs["index"][0]]
+        images, texts = pairs["image_feature"], pairs["text_feature"]
+        _, first, owner = np.unique(pictures, return_index=True, return_inverse=True)  # torn pictures are left out
+        ranked += [{"split": split} | row for row in retrieved(images[:, first], texts, owner)]
+    return tables | ({"retrieval": Table(RETRIEVED, ranked, title=title)} if ranked else {})
 
 
 def _print(what: Any) -> None:
@@ -267,20 +319,24 @@ def _row(config: Config, found: Found, source: Source, outcome: Outcome, split: 
     told = dict(outcome.predictions[split])
     if len(found.labels.names) <= 5:
         told.pop("top_5", None)  # it would be right whatever the model says
-    return {
-        "split": split,
-        "task": found.kind,
-        "method": outcome.variant.name,
-        "examples": told["index"].shape[1],
-        "trained": outcome.table.trained,
-        "share": outcome.table.trained / outcome.table.backbone,
-        "learning_rate": outcome.learning_rate,
-        "steps": config.budget.steps,
-        "seeds": len(config.budget.seeds),
-        "step_seconds": outcome.seconds_per_step,
-        "step_bytes": outcome.step_bytes,
-        "adapter_bytes": outcome.adapter_bytes,
-    } | measured(found.kind, told, pictures_of(source, told["index"][0]))
+    return (
+        {
+            "split": split,
+            "task": found.kind,
+            "method": outcome.variant.name,
+            "examples": told["index"].shape[1],
+            "trained": outcome.table.trained,
+            "share": outcome.table.trained / outcome.table.backbone,
+            "learning_rate": outcome.learning_rate,
+            "steps": config.budget.steps,
+            "seeds": len(config.budget.seeds),
+            "step_seconds": outcome.seconds_per_step,
+            "step_bytes": outcome.step_bytes,
+            "adapter_bytes": outcome.adapter_bytes,
+        }
+        | measured(found.kind, told, pictures_of(source, told["index"][0]))
+        | summarised(found.kind, told, source, found.labels)
+    )
 
 
 _COSTS = (
@@ -295,7 +351,8 @@ def _told(found: Found, row: dict[str, Any]) -> list[Column]:
     """The columns of what was measured."""
     measures = [measure for measure in MEASURES[found.kind] if measure.field in row]
     counts = [Column.text("split", "split"), Column.number("examples", "examples", format=",d")]
-    return counts + [Column.accuracy(measure.field, measure.title, "range") for measure in measures]
+    further = [column for column in MORE.get(found.kind, ()) if column.name in row]
+    return counts + [Column.accuracy(measure.field, measure.title, "range") for measure in measures] + further
 
 
 def _same_data(path: Path, found: Found, setup: Setup) -> None:

@@ -38,6 +38,7 @@ from vla_jax.adapters import (
     vpt_shallow,
 )
 from vla_jax.backbones.clip_config import CLIPConfig
+from vla_jax.composed_methods import composed, is_composed
 from vla_jax.errors import UserError, unknown
 from vla_jax.variants import Variant
 
@@ -149,11 +150,13 @@ METHODS: Mapping[str, Entry] = MappingProxyType(
 
 
 def entry(name: str) -> Entry:
-    """A method by name.
+    """A method by name, or several that are put together as :mod:`vla_jax.composed_methods` says.
 
     Raises:
         UserError: if there is none.
     """
+    if is_composed(name):
+        return composed(name, entry)
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return METHODS[name]
@@ -165,7 +168,7 @@ def variant(
     """A method as a comparison takes it on a CLIP of this shape.
 
     Args:
-        name: one of :data:`METHODS`.
+        name: one of :data:`METHODS`, or several together.
         shape: the CLIP's.
         learning_rates: the grid from which its own is chosen.
         selection_share: share of the steps after which it is chosen; the budget's if None.

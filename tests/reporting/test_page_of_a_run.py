@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import html
 import io
@@ -11,11 +10,11 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from opened_page import opened
 from PIL import Image
 
 from experiments import fusion_ablation
@@ -39,7 +38,6 @@ from vla_jax.variants import Budget
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HOSTILE = """</style></script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">"'{{ 7 * 7 }}"""
 
 
@@ -319,40 +317,8 @@ def test_texts_of_the_data_stay_texts(workdir, gallery):
     assert "{{ 7 * 7 }}" in "".join(parts.text)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """A headless browser that is installed; Playwright only drives it."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=found, args=flags)
-        yield started
-        started.close()
-
-
-@contextlib.contextmanager
-def _opened(browser, path: Path, *, width: int = 1200, scheme: str = "light"):
-    """The page in a window; on leaving, that it complained of nothing and asked for nothing is checked."""
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
-    complaints, asked = [], []
-    tab = context.new_page()
-    tab.on("console", lambda message: complaints.append(message.text))
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on("dialog", lambda dialog: complaints.append(dialog.message))
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(path.as_uri())
-    yield tab
-    assert complaints == []
-    assert [url[:80] for url in asked if not url.startswith("data:")] == [path.as_uri()[:80]]
-    context.close()
-
-
 def test_its_parts_are_there_in_a_browser(browser, written):
-    with _opened(browser, written) as tab:
+    with opened(browser, written) as tab:
         pictures = tab.locator("img")
         assert pictures.count() > 20
         assert all(pictures.evaluate_all("all => all.map(each => each.complete && each.naturalWidth > 0)"))
@@ -370,7 +336,7 @@ def test_its_parts_are_there_in_a_browser(browser, written):
 
 
 def test_a_heading_sorts_its_column_down_up_and_back(browser, written):
-    with _opened(browser, written) as tab:
+    with opened(browser, written) as tab:
         names_now = lambda: tab.locator("#results tbody th").all_inner_texts()  # noqa: E731
         before, heading = names_now(), tab.locator("#results thead th").nth(1)
         cells = tab.locator("#results tbody tr td:nth-child(2)").all_inner_texts()
@@ -389,7 +355,7 @@ def test_a_heading_sorts_its_column_down_up_and_back(browser, written):
 
 
 def test_charts_are_chosen_curves_switched_off_and_values_read(browser, written, workdir):
-    with _opened(browser, written) as tab:
+    with opened(browser, written) as tab:
         figure = tab.locator("#curves .chart").first
         figure.locator("select").select_option("accuracy")
         view = figure.locator(".view:visible")
@@ -413,7 +379,7 @@ def test_charts_are_chosen_curves_switched_off_and_values_read(browser, written,
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_it_without_scrolling_sideways_and_with_contrast(browser, written, scheme):
-    with _opened(browser, written, width=390, scheme=scheme) as tab:
+    with opened(browser, written, width=390, scheme=scheme) as tab:
         tab.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         table = tab.locator("#results .scroll").first
@@ -441,7 +407,7 @@ def _luminance(color):
 def test_hostile_texts_do_nothing_in_a_browser(browser, workdir, tmp_path):
     path = tmp_path / "hostile.html"
     path.write_text(_hostile(workdir))
-    with _opened(browser, path) as tab:
+    with opened(browser, path) as tab:
         assert tab.title() == HOSTILE
         assert tab.evaluate("window.hacked") is None
         assert tab.locator("#gallery .card").count() == 2

@@ -23,7 +23,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from vla_jax import names
+from vla_jax.adapters import LoRA, Placement, place
+from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.errors import UserError
+from vla_jax.slots import LINEAR_SLOTS
 from vla_jax.training import checkpoint, checksums
 from vla_jax.training.checkpoint import Checkpointer, SaveError, load_adapters, save_adapters
 from vla_jax.training.checkpoint_folder import absolute, check_whole
@@ -187,6 +190,24 @@ def test_size_and_content(tmp_path: Path) -> None:
     stored = ocp.checkpointables_metadata(tmp_path / "run" / "1").metadata["adapters"]
     assert names.flatten(stored).keys() == names.flatten(tree).keys()
     assert_equal(load_adapters(tmp_path / "alone")[0], tree)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "leaves"),
+    [
+        ((), 28),
+        # Every block has a rank, and so leaves, of its own; the projections are two maps more.
+        (tuple((rf".*/(attn|mlp)_\w+/{block}", 1 + block) for block in range(12)), 12 * 24 + 4),
+    ],
+)
+def test_lora_on_every_linear_map_of_b_32_stays_within_the_bound(ranks, leaves, tmp_path: Path) -> None:
+    plan = place([Placement(LoRA(rank=4), slots=LINEAR_SLOTS, ranks=ranks)], CLIPConfig.preset("vit_b_32").towers)
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), plan.shapes())
+    tree = {"adapters": drawn}
+    assert len(names.flatten(tree)) == leaves
+    save_adapters(tmp_path / "alone", tree, IDENTITY, step=0)
+    assert folder_bytes(tmp_path / "alone") <= 1.1 * names.size_in_bytes(tree) + 64 * 1024
 
 
 def test_small_adapters_stay_within_the_bound(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ The order sets, which need no annotation but captions, are in :mod:`vla_jax.eval
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +87,12 @@ class Aro:
         ]
         check_pictures(((f"example {e.identifier} of {path}", e.image) for e in self.examples), download)
 
+    def check_boxes(self) -> Aro:
+        """Reads the size of every picture, and refuses boxes that lie outside; returns the part itself."""
+        for example in self.examples:
+            _check_inside(example, _read(example, lambda picture: picture.size))
+        return self
+
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -121,18 +127,26 @@ def _example(entry: Any, part: Part, images: Path, number: int, where: str) -> E
 
 
 def _cropped(example: Example) -> np.ndarray:
+    size, whole = _read(example, lambda picture: (picture.size, picture.convert("RGB")))
+    _check_inside(example, size)
+    # A box that reaches beyond the picture is padded with black, as by the authors.
+    return np.asarray(whole.crop(example.box))
+
+
+def _read(example: Example, what: Callable[[Any], Any]) -> Any:
     try:
         with opened(example.image) as picture:
-            size, whole = picture.size, picture.convert("RGB")
+            return what(picture)
     except (UnreadablePicture, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"example {example.identifier}: the picture {str(example.image)!r}: {error}") from error
+
+
+def _check_inside(example: Example, size: tuple[int, int]) -> None:
     if example.box[0] >= size[0] or example.box[1] >= size[1]:
         raise UserError(
             f"example {example.identifier}: the box {example.box} lies outside of {str(example.image)!r}, "
             f"{size[0]} x {size[1]} pixels; download the annotations or the picture again"
         )
-    # A box that reaches beyond the picture is padded with black, as by the authors.
-    return np.asarray(whole.crop(example.box))
 
 
 @dataclass(frozen=True)

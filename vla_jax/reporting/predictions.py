@@ -29,10 +29,18 @@ def measured(kind: str, found: Mapping[str, np.ndarray], pictures: Sequence[str]
     intervals = {}
     for measure in MEASURES[kind]:
         if measure.field in found:
-            values = found[measure.field]
-            exact = values.dtype == np.bool_
-            intervals[measure.field] = accuracy(values, pictures) if exact else _mean(values, pictures)
+            intervals[measure.field] = interval_of(found[measure.field], pictures)
     return intervals
+
+
+def interval_of(values: np.ndarray, pictures: Sequence[str] | None) -> Interval:
+    """The mean of outcomes or numbers ``[seeds, examples]`` with its 95 % interval; of one picture all drawn together.
+
+    Args:
+        values: bool or numbers.
+        pictures: which picture each example is of; None where each has its own.
+    """
+    return accuracy(values, pictures) if values.dtype == np.bool_ else _mean(values, pictures)
 
 
 def _mean(values: np.ndarray, pictures: Sequence[str] | None) -> Interval:

@@ -74,3 +74,30 @@ class Retrieval:
             right["image_to_text"][start:stop] = (matched > others.max(1))[start - first :]
             right["text_to_image"][start:stop] = (matched > others.max(0))[start - first :]
         return rest | right | {"correct": right["image_to_text"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairFeatures:
+    """No comparison yet: the features of pictures and texts, for galleries that hold all of them.
+
+    See :mod:`vla_jax.evaluation.retrieval`, which compares any number of them, several captions a picture too.
+    """
+
+    name: str = "pair_features"
+
+    def init(self, features: int) -> dict[str, jax.Array]:
+        """A head without parameters."""
+        del features
+        return {}
+
+    def loss(self, head: Tree, output: CLIPOutput, batch: Mapping[str, jax.Array]) -> tuple[Float[Array, ""], dict]:
+        """There is nothing to be trained."""
+        raise UserError("features are not trained; train for retrieval")
+
+    def predict(self, head: Tree, output: CLIPOutput, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """As :meth:`Retrieval.predict`."""
+        return Retrieval().predict(head, output, batch)
+
+    def finish(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The features themselves."""
+        return dict(found)

@@ -81,8 +81,7 @@ class RowReader:
             used.append("text")
         if self.two_pictures:
             used.append("image_1")
-        if self.task == "grounding":
-            used.append("boxes")
+        used += {"grounding": ["boxes"], "vqa": ["question_kind"]}.get(self.task, [])
         return {name: self.columns[name] for name in used if name in self.columns}
 
     @property
@@ -102,8 +101,8 @@ class RowReader:
 
         Returns:
             ``image_id``, the picture's path in the folder, and ``image_id_1``, a second one's; ``class_name`` (whose
-            number only the classes say), ``text`` and ``label`` 0 or 1, ``captions``, ``question`` and ``answers``,
-            ``phrase``, ``box`` and ``boxes``, by the task; ``split`` and ``id`` where there are any.
+            number only the classes say), ``text`` and ``label`` 0 or 1, ``captions``, ``question``, ``answers`` and
+            ``question_kind``, ``phrase``, ``box`` and ``boxes``, by the task; ``split`` and ``id`` where there are any.
         """
         fields: dict[str, Any] = {}
         flaws: list[Flaw] = []
@@ -148,6 +147,8 @@ class RowReader:
         column = self.column(TASKS["vqa"][1])
         yield lambda values: {"question": self._text(values, "question")}
         yield lambda values: {"answers": self._texts(values, column, "answer")}
+        if "question_kind" in self.columns:
+            yield lambda values: {"question_kind": self._text(values, "question_kind")}
 
     def _grounding(self) -> Iterator[Any]:
         yield lambda values: {"phrase": self._text(values, "phrase")}

@@ -31,6 +31,9 @@ TASKS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 """By task, the columns it needs beside the picture; of each group one, the first that is there."""
 
 
+_LEFT_OUT = ("question_kind", "boxes", "split", "id")
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """What the columns are called in the file; nothing but ``image`` and the task's own have to be there.
@@ -45,6 +48,8 @@ class Columns:
         question: a question.
         answer: its answer.
         answers: a list of answers, of several annotators.
+        question_kind: what kind of question it is, by which results are told apart; empty for a file whose column of
+            that name means something else.
         phrase: an expression that means one thing in the picture.
         box: where that is, four numbers.
         boxes: a list of candidate boxes, the phrase's own best among them, for grounding that chooses among them;
@@ -62,6 +67,7 @@ class Columns:
     question: str = "question"
     answer: str = "answer"
     answers: str = "answers"
+    question_kind: str = "question_kind"
     phrase: str = "phrase"
     box: str = "box"
     boxes: str = "boxes"
@@ -70,9 +76,9 @@ class Columns:
 
     def __post_init__(self):
         for name, column in dataclasses.asdict(self).items():
-            if not column and name not in ("boxes", "split", "id"):
+            if not column and name not in _LEFT_OUT:
                 raise UserError(
-                    f"the column for {name} has no name; only those for boxes, split and id can be left out"
+                    f"the column for {name} has no name; only those for {', '.join(_LEFT_OUT)} can be left out"
                 )
 
     def present(self, found: Iterable[str]) -> dict[str, str]:

@@ -18,7 +18,11 @@ FEWEST_SHOWN = 10
 _TITLES = {"text": "Text", "image": "Image", "group": "Group"}
 
 
-def report(scores: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def report(
+    scores: Mapping[str, np.ndarray],
+    groups: Mapping[str, np.ndarray],
+    controls: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
     """Everything about some models' scores, JSON-able; all numbers are fractions.
 
     Intervals are bootstraps over examples, as in the authors' tables; a score of 0 or 1 has Wilson's.
@@ -26,6 +30,7 @@ def report(scores: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray]) -
     Args:
         scores: by model float [examples, 2 captions, 2 images], the same examples in the same order.
         groups: by name, positions of examples.
+        controls: scores of what cannot bind words to things, beside the constant scorer.
 
     Returns:
         ``examples``; ``chance``; ``models`` and ``controls``, each with ``all`` and by group the scores, their
@@ -40,7 +45,10 @@ def report(scores: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray]) -
         "examples": examples,
         "chance": CHANCE,
         "models": {name: _parts(values, groups) for name, values in scores.items()},
-        "controls": {CONSTANT: _parts(np.zeros((examples, 2, 2)), {})},
+        "controls": {
+            name: _parts(values, {})
+            for name, values in ({CONSTANT: np.zeros((examples, 2, 2))} | dict(controls or {})).items()
+        },
         "comparisons": [_comparison(first, other, scores[first], scores[other]) for other in others],
     }
 

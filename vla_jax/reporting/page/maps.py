@@ -17,6 +17,7 @@ from vla_jax.data.text import Tokenize
 from vla_jax.errors import UserError
 from vla_jax.evaluation.grounding import as_grid
 from vla_jax.model import MODALITIES, AdaptedModel
+from vla_jax.saved_model import saved_model
 from vla_jax.tasks.grounding import heat_map
 from vla_jax.tasks.matching import Matching
 from vla_jax.training.checkpoint import load_adapters
@@ -75,18 +76,10 @@ class HeatMaps:
         if set(trained) == {"heads"}:
             return self.frozen()
         placements = tuple(map(Placement.from_description, identity.adapters["placements"]))
-        model = AdaptedModel(self.backbone, Matching(), placements)
         leaves = names.flatten(trained)
         if begun is not None:
             leaves = self._fused(begun, placements) | leaves
-        missing = names.flatten({"adapters": model.plan.shapes()} if model.plan.groups else {}).keys() - leaves.keys()
-        if missing:
-            # Parameters below frozen/ are not saved: the plan makes them from the backbone again.
-            made = names.flatten({"adapters": model.plan.init(jax.random.key(0), self.backbone.params)})
-            if lacking := sorted(name for name in missing if "/frozen/" not in name):
-                raise UserError(f"{folder} has no {lacking[0]}; were its adapters trained by another run?")
-            leaves = {name: made[name] for name in missing} | leaves
-        return self._of(model, names.unflatten(names.flatten({"backbone": self.backbone.params}) | leaves))
+        return self._of(*saved_model(leaves, identity.adapters, self.backbone, Matching(), folder))
 
     def _fused(self, begun: Path, placements: Sequence[Placement]) -> dict[str, Any]:
         """The leaves with which AdapterFusion's second stage began, by name."""

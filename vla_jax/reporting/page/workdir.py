@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_jax.catalogue import METHODS
+from vla_jax.catalogue import entry
 from vla_jax.errors import UserError
 from vla_jax.foreign import MOST_JSON_BYTES, parse_json, read_bytes
 from vla_jax.model import MODALITIES
@@ -100,9 +100,12 @@ class WorkDirectory:
 
     def called(self, variant: str) -> str:
         """A variant's title, by the rows or the catalogue; else its name."""
-        if variant not in self.titles and variant in METHODS:
-            return METHODS[variant].title
-        return self.titles.get(variant, variant.replace("_", " "))
+        if variant in self.titles:
+            return self.titles[variant]
+        try:
+            return entry(variant).title
+        except UserError:  # an experiment's own
+            return variant.replace("_", " ")
 
     def of_group(self, group: str) -> dict[str, list[Run]]:
         """The runs of a group by variant."""
