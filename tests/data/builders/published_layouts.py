@@ -461,3 +461,90 @@ def reference(ref_id: int, ann_id: int, image_id: int, category_id: int, split: 
         "sentences": sentences,
         "category_id": category_id,
     }
+
+
+def winoground(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Two of Winoground's examples, one without secondary tag, ids as numbers; returns records."""
+    lines, records = [], []
+    for number, secondary in ((0, "Pragmatics, Series"), (7, "")):
+        names = [f"ex_{number}_img_{place}" for place in (0, 1)]
+        pictures = [write(root / "images" / f"{name}.png", picture(60 + number + i)) for i, name in enumerate(names)]
+        captions = {"caption_0": "a dog chases a cat", "caption_1": "a cat chases a dog"}
+        tags = {"tag": "Noun", "secondary_tag": secondary, "num_main_preds": 1, "collapsed_tag": "Object"}
+        lines.append({"id": number, "image_0": names[0], "image_1": names[1]} | captions | tags)
+        records.append({"id": str(number), "image_0": pictures[0], "image_1": pictures[1]} | captions | tags)
+    write_lines(root / "examples.jsonl", lines)
+    return {"test": records}
+
+
+def _pairs(*pairs: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: [pair[name] for pair in pairs] for name in pairs[0]}
+
+
+def sugarcrepe(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """All seven categories of SugarCrepe with one example each, on two pictures; returns records."""
+    names = ("000000000139.jpg", "000000000285.jpg")
+    files = [write(root / "val2017" / name, picture(70 + i, file_format="JPEG")) for i, name in enumerate(names)]
+    found: list[list[dict[str, Any]]] = [[], []]
+    categories = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+    for number, category in enumerate(categories):
+        own = {"caption": f"caption {number}", "negative_caption": f"negative {number}"}
+        write(root / "data" / f"{category}.json", {"0": {"filename": names[number % 2]} | own})
+        found[number % 2].append({"id": f"{category}/0"} | own | {"kind": category})
+    return {
+        "test": [
+            {"image": file, "image_id": name, "pairs": _pairs(*pairs)}
+            for file, name, pairs in zip(files, names, found, strict=True)
+        ]
+    }
+
+
+def aro(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """ARO's relations, two of them of one picture, a box reaching beyond it; returns records."""
+    files = {
+        name: write(root / "images" / name, picture(80 + i, size=(40, 30))) for i, name in enumerate(("1.jpg", "2.jpg"))
+    }
+
+    def row(name: str, relation: str, x: int, width: int) -> dict[str, Any]:
+        texts = {
+            "true_caption": f"the cup is {relation} the plate",
+            "false_caption": f"the plate is {relation} the cup",
+        }
+        box = {"bbox_x": x, "bbox_y": 2, "bbox_w": width, "bbox_h": 20}
+        return {"image_id": name[:-4], "image_path": name, "relation_name": relation} | texts | box
+
+    rows = [row("1.jpg", "on", 3, 10), row("2.jpg", "left of", 0, 60), row("1.jpg", "under", 5, 30)]
+    write(root / "visual_genome_relation.json", rows)
+
+    def pair(number: int) -> dict[str, Any]:
+        told = rows[number]
+        x, width = told["bbox_x"], told["bbox_w"]
+        captions = {"caption": told["true_caption"], "negative_caption": told["false_caption"]}
+        return {"id": str(number)} | captions | {"kind": told["relation_name"], "box": [x, 2.0, x + width, 22.0]}
+
+    return {
+        "test": [
+            {"image": files["1.jpg"], "image_id": "1.jpg", "pairs": _pairs(pair(0), pair(2))},
+            {"image": files["2.jpg"], "image_id": "2.jpg", "pairs": _pairs(pair(1))},
+        ]
+    }
+
+
+def valse(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """All of VALSE's instruments, each with an example that its annotators found valid and one not; returns records."""
+    instruments = (
+        "existence", "plurals", "counting-hard", "counting-small-quant", "counting-adversarial", "relations",
+        "action-replacement", "actant-swap", "coreference-standard", "coreference-hard", "foil-it",
+    )  # fmt: skip
+    place = "FOIL dataset/COCO_val2014_000000000042.jpg"
+    file = write(root / place, picture(90, file_format="JPEG"))
+    pairs = []
+    for instrument in instruments:
+        texts = {"caption": f"{instrument} is here", "foil": f"no {instrument} is here"}
+        about = {"dataset": "FOIL dataset", "image_file": Path(place).name} | texts
+        votes = [{"foil": 0, "caption": count, "other": 3 - count} for count in (3, 1)]
+        rows = {f"foil_{number}": about | {"mturk": vote} for number, vote in enumerate(votes)}
+        write(root / "data" / f"{instrument}.json", rows)
+        captions = {"caption": texts["caption"], "negative_caption": texts["foil"]}
+        pairs.append({"id": f"{instrument}/foil_0"} | captions | {"kind": instrument})
+    return {"test": [{"image": file, "image_id": place, "pairs": _pairs(*pairs)}]}

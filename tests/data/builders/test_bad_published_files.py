@@ -36,7 +36,11 @@ def refused(tmp_path, name, message, config=None, split="train"):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["vqav2", "gqa", "coco_captions", "flickr30k", "nlvr", "nlvr2", "vsr", "refcoco"])
+MANUAL = ("vqav2", "gqa", "coco_captions", "flickr30k", "nlvr", "nlvr2", "vsr", "refcoco")
+PROBES = ("winoground", "sugarcrepe", "aro", "valse")
+
+
+@pytest.mark.parametrize("name", MANUAL + PROBES)
 def test_an_empty_or_absent_folder_says_what_to_download(tmp_path, name):
     folder = tmp_path / "manual"
     with pytest.raises(UserError, match=r"folder that is not there; looked in .*manual \(manual_dir\)\.\n.*https://"):

@@ -28,6 +28,10 @@ DATA_SETS = {
     "nlvr2": (None, "statements"),
     "vsr": ("random", "statements"),
     "refcoco": ("refcoco_unc", "phrases"),
+    "winoground": (None, None),
+    "sugarcrepe": (None, "pairs"),
+    "aro": ("relation", "pairs"),
+    "valse": (None, "pairs"),
 }
 each = pytest.mark.parametrize("name", DATA_SETS)
 
