@@ -2,8 +2,9 @@
 
     python launch.py --experiment=few_shot
     python launch.py --experiment=few_shot --config.preset=smoke
-    python launch.py --experiment=few_shot --config.data.name=few_shot --config.data.config=oxford_pets
-        --config.data.manual_dir=FOLDER --config.backbone=openai/clip-vit-base-patch16
+    python launch.py --experiment=few_shot --config.data.name=oxford_pets --config.data.manual_dir=FOLDER
+        --config.backbone=openai/clip-vit-base-patch16
+    python launch.py --experiment=few_shot --config.data.name=dtd --config.data.data_dir=FOLDER
     python launch.py --experiment=few_shot --config.data.path=my.csv --config.methods=tip,coop,lora
 
 The protocol of CoOp (Zhou et al. 2022) and of those after it: 1, 2, 4, 8 and 16 examples a class, three seeds, each
@@ -11,6 +12,15 @@ with draws of its own, and the whole test split. Base to novel (CoCoOp): trained
 tested on either half by itself. Where published code looked at test data (to choose an epoch, or Tip-Adapter's
 weights), here everything is chosen on validation examples of the same draw, as many as there are shots and four a class
 at most.
+
+The eleven data sets of the field go by their names: ``imagenet``, ``caltech101``, ``oxford_pets``, ``stanford_cars``,
+``flowers102``, ``food101``, ``fgvc_aircraft``, ``sun397``, ``dtd``, ``eurosat`` and ``ucf101``. With
+``--config.data.manual_dir`` they are read from files laid out as CoOp's authors say, in the splits of published figures
+(the same as ``--config.data.name=few_shot --config.data.config=NAME``). Without, they are what TFDS has prepared as
+array_record below ``--config.data.data_dir``, in TFDS's splits, so that figures compare with each other only; a split
+that TFDS lacks is held out of training pictures (:mod:`vla_jax.data.few_shot_splits`). ImageNet is TFDS's in any case,
+and needs ``imagenet/classnames.txt`` in ``manual_dir``. TFDS has no pictures of ``fgvc_aircraft`` and ``ucf101``.
+Nothing is downloaded; what is missing is named, with how to get it.
 
 Methods that are trained begin as the zero-shot classifier of the classes' names; ``linear`` is a linear map of the
 image features instead, and ``tip`` and ``tip_f`` keep the examples' features. The default adapts ``tiny`` to generated
@@ -34,6 +44,7 @@ from vla_jax.adapters import TipAdapter
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
 from vla_jax.catalogue import METHODS, entry, fits
 from vla_jax.comparison import Comparison
+from vla_jax.composed_methods import is_composed
 from vla_jax.data.image import Preprocess
 from vla_jax.data.pipeline import TransformExample
 from vla_jax.data.text import Tokenize
@@ -68,7 +79,8 @@ class Config(RunConfig):
     """The whole experiment.
 
     Attributes:
-        data: the pictures; ``shifted_objects`` by name, any data set with pictures and labels, or a file of one's own.
+        data: the pictures; ``shifted_objects`` by name, one of the eleven sets of the field, any data set with pictures
+            and labels, or a file of one's own.
         templates: sentences with ``{}`` where a class's name stands; the data set's own if empty.
         methods: which of :data:`KEPT` and :mod:`vla_jax.catalogue`, in the order of the tables.
         shots: numbers of examples a class.
@@ -105,7 +117,9 @@ class Config(RunConfig):
 
     def __post_init__(self):
         for name in self.methods:
-            if name not in KEPT and name not in METHODS:
+            if is_composed(name):
+                entry(name)
+            elif name not in KEPT and name not in METHODS:
                 raise unknown("method", name, [*KEPT, *METHODS])
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise UserError(f"methods must name at least one, and none twice; given: {', '.join(self.methods)}")

@@ -3,20 +3,24 @@
     python launch.py --experiment=multitask
     python launch.py --experiment=multitask --config.preset=smoke
     python launch.py --experiment=multitask --config.tasks=easy_vqa,retrieval,statements --config.backbone=FOLDER
+    python launch.py --experiment=multitask --config.tasks=scene_shapes,scene_vqa,retrieval,grounding,statements
+    python launch.py --experiment=multitask --config.mixing.by=temperature --config.mixing.temperature=2
 
-Classification, visual question answering, retrieval, grounding and statements at once over one frozen backbone, with
-one adapter for all tasks, one each, one each of which half is shared (VL-Adapter; Sung et al. 2022), one each with
-AdapterFusion over them, and one each picked by a learned router, which is not told the task. Heads alone are the floor,
-one fully fine-tuned model for each task is what they are to replace. Every way sees the same examples of every task,
-each as often, and chooses its learning rate on validation data.
+Classification (of textile defects, or with ``scene_shapes`` of generated scenes), visual question answering, retrieval,
+grounding and statements at once over one frozen backbone, with one adapter for all tasks, one each, one each of which
+half is shared (VL-Adapter; Sung et al. 2022), one each with AdapterFusion over them, and one each picked by a learned
+router, which is not told the task. Heads alone are the floor, one fully fine-tuned model for each task is what they are
+to replace. Every way sees the same examples of every task, and chooses its learning rate on validation data. All tasks
+are seen equally often, unless ``--config.mixing`` gives them shares by their sizes, by a temperature, or as weights.
 
-In the work directory: ``results.{md,csv,jsonl,png}`` and ``parameters.png``; of the router ``routing.{md,csv,jsonl}``.
-The same command goes on with what is unfinished.
+In the work directory: ``results.{md,csv,jsonl,png}`` and ``parameters.png``; of the router ``routing.{md,csv,jsonl}``;
+of the tasks' shares ``mixture.{md,csv,jsonl}``. The same command goes on with what is unfinished.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,19 +29,21 @@ import numpy as np
 import rich
 import rich.table
 
-from vla_jax import names
+from vla_jax import names, task_mixing
 from vla_jax.adapters import Bottleneck
 from vla_jax.backbones.loading import Backbone, abstract_backbone, load_backbone
+from vla_jax.data.mixing import Mixing
 from vla_jax.data_sets import Generated
 from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation.statistics import Interval, accuracy, paired_difference
 from vla_jax.evaluation.task_means import mean_accuracy, mean_difference
 from vla_jax.reporting import multitask_report
 from vla_jax.reporting.predictions import pictures_of
+from vla_jax.reporting.table import write_atomically
 from vla_jax.run_config import RunConfig
 from vla_jax.sharing import WAYS, Shared, Sharing
 from vla_jax.task_routes import TaskRoutes, learn_routes
-from vla_jax.task_set import TASKS, member_data
+from vla_jax.task_set import TASKS, member_data, member_examples
 from vla_jax.training.optimizer import OptimizerConfig
 from vla_jax.training.sharding import check_batch, make_mesh
 from vla_jax.variants import Budget
@@ -67,6 +73,9 @@ class Config(RunConfig):
         full_rates: learning rates tried for full fine-tuning, for each task by itself.
         budget: steps, batch of all tasks together, seeds and optimiser, the same for every way.
         sizes: examples of each task.
+        mixing: how often each task is seen; those of textile defects, of which there are fewer than of others, are
+            repeated for it. Weights stand in the order of the tasks. Unless tasks are balanced, every example counts
+            the same in the loss, and a task as much as it has examples; balanced, every task counts the same.
         text_length: tokens a text; must hold the longest.
         router_examples: examples of each task that the router learns from.
         data_dir: where data sets are built and kept.
@@ -90,6 +99,7 @@ class Config(RunConfig):
         )
     )
     sizes: Generated = dataclasses.field(default_factory=lambda: Generated(train=6_400, validation=400, test=2_000))
+    mixing: Mixing = dataclasses.field(default_factory=lambda: Mixing(by="balanced"))
     text_length: int = 44
     router_examples: int = 500
     data_dir: str = "data"
@@ -105,6 +115,12 @@ class Config(RunConfig):
             raise UserError("the experiment needs at least two tasks and one way of sharing")
         if min(self.sizes.train, self.sizes.validation, self.sizes.test) < 2 or self.router_examples < 1:
             raise UserError("sizes must be at least 2 for every split, and router_examples at least 1")
+        task_mixing.shares(self.examples, self.mixing)
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Different training examples of each task."""
+        return {task: member_examples(task, self.sizes) for task in self.tasks}
 
 
 PRESETS = {
@@ -122,7 +138,7 @@ PRESETS = {
     ),
     "full": Config(
         preset="full",
-        tasks=tuple(TASKS),
+        tasks=("defects", "easy_vqa", "scene_vqa", "retrieval", "grounding", "statements"),
         adapter_rates=(1e-3, 2e-3, 6e-3),
         fusion_rates=(2e-4, 5e-4, 2e-3),
         full_rates=(1e-4, 3e-4, 1e-3),
@@ -143,6 +159,9 @@ PRESETS = {
 def _sharing(config: Config, backbone: Backbone, folder: Path, read: bool = True) -> Sharing:
     given = (config.sizes, config.text_length, config.data_dir, backbone)
     parts = {name: member_data(name, *given, read=read) for name in config.tasks}
+    own = None if config.mixing.by == "balanced" else task_mixing.shares(config.examples, config.mixing)
+    if own is not None and read:
+        parts = task_mixing.mixed(parts, config.examples, config.mixing)
     rates = {
         "head": config.head_rates,
         "adapters": config.adapter_rates,
@@ -151,14 +170,14 @@ def _sharing(config: Config, backbone: Backbone, folder: Path, read: bool = True
     }
     adapter = Bottleneck(reduction=config.reduction, parallel=True, scale=4.0)
     mesh = make_mesh(config.mesh)
-    return Sharing(backbone, parts, adapter, config.budget, rates, config.compute, mesh, folder)
+    return Sharing(backbone, parts, adapter, config.budget, rates, config.compute, mesh, folder, own)
 
 
 def check(config: Config) -> Any:
     """Refuses what cannot be run, before anything is compiled; returns the table for ``--dry_run``."""
     shapes = abstract_backbone(config.backbone)
     sharing = _sharing(config, shapes, Path(), read=False)
-    for batch_size in (config.budget.batch_size, config.budget.batch_size // len(config.tasks)):
+    for batch_size in (config.budget.batch_size, *sharing.batch_sizes.values()):
         check_batch(batch_size, sharing.mesh)
     shapes.config.check_text_length("text_length", config.text_length)
     report = rich.table.Table(title=f"multitask, {config.preset}: {config.backbone}; {', '.join(config.tasks)}")
@@ -173,7 +192,10 @@ def check(config: Config) -> Any:
 def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
     """Trains and tests every way, and writes tables and figures anew after each."""
     backbone = load_backbone(config.backbone, dtype=config.storage)
+    _same_mixture(workdir / "mixture.json", config)
     sharing = _sharing(config, backbone, workdir / "runs")
+    drawn = {name: sharing.drawn(name) for name in config.ways}
+    task_mixing.report(config.examples, config.mixing, drawn).write(workdir, "mixture")
     titles = {task: TASKS[task].title for task in config.tasks}
     rows: dict[str, dict[str, Any]] = {}
     correct: dict[str, Outcomes] = {}
@@ -199,6 +221,18 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
         rich.print(multitask_report.routing_table(routing).terminal())
     rich.print(f"{verdict}\ntables, figures and runs: {workdir}")
     return ordered
+
+
+def _same_mixture(path: Path, config: Config) -> None:
+    """Refuses a work directory whose runs saw the tasks with other shares: their totals may be the same."""
+    mine = json.loads(json.dumps(dataclasses.asdict(config.mixing)))
+    stored = json.loads(path.read_text()) if path.is_file() else mine
+    if stored != mine:
+        raise UserError(
+            f"{path.parent} belongs to a run that mixed tasks by {stored}; now {mine} is asked for. Choose another "
+            "--workdir, the old setting, or delete that folder"
+        )
+    write_atomically(path, json.dumps(mine))
 
 
 def _routes(config: Config, sharing: Sharing) -> TaskRoutes:

@@ -11,7 +11,7 @@ from PIL import Image
 from word_clip import export_word_clip
 
 from experiments import adapt, method_comparison
-from vla_jax import launching, names
+from vla_jax import composed_methods, launching, names
 from vla_jax.adapters import Average, Parallel, Placement, Stack, place
 from vla_jax.backbones.clip_config import CLIPConfig
 from vla_jax.catalogue import Entry, entry, fits, variant
@@ -46,6 +46,13 @@ def test_together_methods_have_what_each_has(name, title):
     assert _placed(name).parameter_count() == sum(_placed(part).parameter_count() for part in alone)
     found = variant(name, B_16, (1e-3,))
     assert (found.name, found.title, found.group, found.rules) == (name, title, "composition", "adapters")
+
+
+def test_the_examples_of_the_docstring_fit():
+    examples = [line.split()[0] for line in composed_methods.__doc__.splitlines() if line.startswith("    ")]
+    assert len(examples) == 5
+    for name in examples:
+        assert fits(name, B_16) is None, name
 
 
 @pytest.mark.parametrize(("kind", "composite"), [("stack", Stack), ("parallel", Parallel), ("average", Average)])
@@ -83,7 +90,7 @@ def test_the_learning_rates_are_those_that_all_would_have(name, pace):
         ("lora+lora", "names a method twice"),
         ("stak:lora:dora", r"unknown composition 'stak'; did you mean 'stack'.*METHOD\+METHOD"),
         ("fuse:lora:dora", "unknown composition 'fuse'"),
-        ("stack:lora", "at least two different methods, as in stack:pfeiffer:compacter"),
+        ("stack:lora", "at least two different methods, as in stack:pfeiffer:parallel"),
         ("stack:lora:lora", "at least two different methods"),
         ("stack:lora:pfeiffer", r"lora sits in attn_q, attn_v and pfeiffer in mlp_out.*write lora\+pfeiffer"),
         ("stack:stack:lora", "unknown method 'stack'"),

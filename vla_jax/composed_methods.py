@@ -1,10 +1,10 @@
 """Methods of the catalogue put together, by a name that says how.
 
     lora+pfeiffer                 both, each in slots of its own
-    stack:pfeiffer:compacter      one after the other in the same places
+    stack:houlsby:compacter       one after the other in the same places
     parallel:pfeiffer:parallel    side by side in the same places, what they change added up
     average:pfeiffer:parallel     the same, with the mean of what they change
-    lora+stack:pfeiffer:phm       both
+    lora+stack:houlsby:phm        both
 
 See :mod:`vla_jax.adapters.composition`. ``Split`` needs ranges of tokens, and ``Fuse`` has two stages of training
 (``--experiment=multitask``); both are to be had in Python.
@@ -57,7 +57,7 @@ def composed(name: str, entry: Callable[[str], Entry]) -> Entry:
     if kind not in COMPOSITIONS:
         raise unknown("composition", kind, COMPOSITIONS, "Write COMPOSITION:METHOD:METHOD, or METHOD+METHOD.")
     if len(members) < 2 or len(set(members)) < len(members):
-        raise UserError(f"{name!r} needs at least two different methods, as in {kind}:pfeiffer:compacter")
+        raise UserError(f"{name!r} needs at least two different methods, as in {kind}:pfeiffer:parallel")
     entries = {member: entry(member) for member in members}
     title = f"{kind} of {', '.join(member.title for member in entries.values())}"
     return _joined(entries, title, lambda config: (_composition(kind, entries, config),))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from vla_jax.backbones.loading import Backbone
 from vla_jax.data.cached import Chosen
-from vla_jax.data.few_shot_sets import FEW_SHOT_SETS
+from vla_jax.data.few_shot_sets import FEW_SHOT_SETS, TFDS_NAMES, few_shot_set
+from vla_jax.data.few_shot_splits import opened_splits, three_splits
 from vla_jax.data.scenes import SceneConfig, SceneSource, Shift
 from vla_jax.data.scenes.vocabulary import COLORS, SHAPES
+from vla_jax.data.sources import builder_names
 from vla_jax.data.stages import Source
 from vla_jax.data_sets import Data, find, splits_of
-from vla_jax.errors import UserError
+from vla_jax.errors import UserError, unknown
 from vla_jax.evaluation.few_shot import draw_shots
 from vla_jax.task_kinds import Setup, annotation
 
@@ -56,12 +60,16 @@ def classes_of(data: Data, templates: Sequence[str] = ()) -> Classes:
     """The classes of a data set.
 
     Args:
-        data: :data:`OBJECTS` or a data set of pictures with labels, by name; or a file of one's own.
+        data: :data:`OBJECTS`, one of :data:`vla_jax.data.few_shot_sets.FEW_SHOT_SETS`, or a data set of pictures with
+            labels, by name; or a file of one's own.
         templates: sentences with ``{}`` where a name stands; the set's own if empty.
 
     Raises:
-        UserError: if data are missing or faulty, or are no pictures with labels.
+        UserError: if there is no such data set, or data are missing or faulty, or are no pictures with labels.
     """
+    data = resolved(data)
+    if _prepared(data):
+        return _prepared_classes(data, templates)
     if _generated(data):
         names = tuple(f"{color} {shape}" for shape, color in _OBJECTS)
         fingerprint = "_".join(map(str, [OBJECTS, *dataclasses.astuple(data.generated)]))
@@ -128,6 +136,9 @@ def sources_of(data: Data, backbone: Backbone) -> dict[str, Source]:
     Raises:
         UserError: if data are missing or faulty.
     """
+    data = resolved(data)
+    if _prepared(data):
+        return three_splits(data.name, data.splits, data.data_dir, _class_names(data))
     if not _generated(data):
         return splits_of(data, find(data, "classification", Setup()), backbone)
     each = {split: count // len(_OBJECTS) for split, count in dataclasses.asdict(data.generated).items()}
@@ -139,8 +150,63 @@ def labels_of(source: Source) -> np.ndarray:
     return np.array([annotation(source, place)["label"] for place in range(len(source))], np.int64)
 
 
+def resolved(data: Data) -> Data:
+    """The same data, where one of the eleven few-shot sets is named: as the data set that its pictures are read from.
+
+    With ``manual_dir``, and where TFDS has no pictures of the set, these are CoOp's published files and splits, the
+    data set ``few_shot``. Without, they are what TFDS has prepared below ``data_dir``, in TFDS's splits. ImageNet has
+    no published splits and is always that; ``manual_dir`` says where the names of its classes lie.
+
+    Raises:
+        UserError: if there is no such data set, or it has a configuration that does not exist.
+    """
+    if data.path or data.name in (OBJECTS, *builder_names()):
+        return data
+    name = TFDS_NAMES.get(data.name, data.name)
+    if name not in FEW_SHOT_SETS:
+        raise unknown("data set", data.name, [OBJECTS, *FEW_SHOT_SETS, *builder_names()])
+    if data.config:
+        raise UserError(f"{name} has no configurations; leave data.config out, which was {data.config!r}")
+    of = FEW_SHOT_SETS[name]
+    if of.folder and (data.manual_dir or of.tfds is None):
+        return dataclasses.replace(data, name="few_shot", config=name)
+    return dataclasses.replace(data, name=name)
+
+
 def _generated(data: Data) -> bool:
     return data.name == OBJECTS and not data.path
+
+
+def _prepared(data: Data) -> bool:
+    """Whether resolved data are what TFDS has prepared."""
+    return data.name in FEW_SHOT_SETS and not data.path
+
+
+def _prepared_classes(data: Data, templates: Sequence[str]) -> Classes:
+    of = few_shot_set(data.name)
+    opened = opened_splits(data.name, data.splits, data.data_dir, _class_names(data))
+    names, (tfds_name, *_, version) = opened["train"].class_names, opened["train"].origin.split("/")
+    held_out = [split for split in data.splits if split not in opened]
+    divided = f", {' and '.join(held_out)} held out of train" if held_out else ""
+    # Slices make other data, and their brackets no good name of a folder.
+    sliced = [quote(f"{split}={text}", safe="=") for split, text in data.splits.items() if text != split]
+    fingerprint = "_".join([data.name, "tfds", version, *sliced])
+    return Classes(
+        f"{of.name} as in TFDS ({tfds_name} {version}{divided})", fingerprint, names, tuple(templates) or (of.template,)
+    )
+
+
+def _class_names(data: Data) -> Path | None:
+    """The file with the names of classes that TFDS has as numbers alone; None where it has names."""
+    if few_shot_set(data.name).class_name is not None:
+        return None
+    if not data.manual_dir:
+        raise UserError(
+            f"TFDS has the classes of {data.name} as numbers alone; give with data.manual_dir the folder in which "
+            f"{data.name}/classnames.txt lies, CoOp's list of their names "
+            "(https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md)"
+        )
+    return Path(data.manual_dir).expanduser() / data.name / "classnames.txt"
 
 
 class _Objects:

@@ -64,7 +64,7 @@ class ManyTasks:
             losses.append(loss)
             metrics[f"{task.name}_loss"] = loss
             metrics |= {f"{task.name}_{name}": value for name, value in found.items() if name == "accuracy"}
-        return jnp.stack(losses).mean(), metrics
+        return self._joined(losses, batch), metrics
 
     def predict(self, head: Tree, output: CLIPOutput, batch: Batch) -> dict[str, jax.Array]:
         """``task`` int32 ``[batch]``, and every task's results for all rows as ``<task>/<field>``."""
@@ -93,6 +93,11 @@ class ManyTasks:
             told["correct"] |= told[f"{task.name}/correct"]
         return told
 
+    def _joined(self, losses: list[jax.Array], batch: Batch) -> jax.Array:
+        """One loss of those of all tasks, scalars, of a batch."""
+        del batch
+        return jnp.stack(losses).mean()
+
     def _rows(self, batch: Batch) -> list[tuple[Task, dict[str, jax.Array]]]:
         """The batch as each task sees it: other tasks' rows do not count, and their labels mean nothing."""
         views = []
@@ -102,6 +107,30 @@ class ManyTasks:
             # A label that the task has no class for would make a loss of NaN, which no mask takes back.
             views.append((task, dict(batch) | {"valid": valid, "label": jnp.where(own, batch["label"], 0)}))
         return views
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedTasks(ManyTasks):
+    """Several tasks that training shows with shares of their own: every row of a batch counts the same in the loss.
+
+    A task's share of the loss is thereby its share of the examples, as where all are shuffled into batches and a batch
+    has one mean (VL-Adapter; Sung et al. 2022).
+
+    Attributes:
+        shares: each task's share of the examples. What a batch holds decides the loss; they tell what was trained with
+            one mixture from what was trained with another.
+    """
+
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.shares) != len(self.tasks):
+            raise UserError(f"{len(self.tasks)} tasks were given {len(self.shares)} shares; give one for each")
+
+    def _joined(self, losses: list[jax.Array], batch: Batch) -> jax.Array:
+        counts = jnp.stack([view["valid"].sum() for _, view in self._rows(batch)]).astype(jnp.float32)
+        return (jnp.stack(losses) * counts).sum() / jnp.maximum(counts.sum(), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +169,15 @@ class Sent:
         return dict(self._source[index]) | {SENT: int(self._routes[index])}
 
 
-def as_one(parts: Mapping[str, TaskData]) -> TaskData:
+def as_one(parts: Mapping[str, TaskData], shares: Mapping[str, float] | None = None) -> TaskData:
     """Several tasks with their data as one.
 
     Examples of a split stand one task after the other, in the order of ``parts``.
 
     Args:
         parts: the tasks by the names that they get here; without splits the task alone comes out.
+        shares: the tasks' shares of the training examples, by which they then count in the loss; all count the same if
+            None.
 
     Raises:
         UserError: if tasks have different splits, or rows whose common fields differ in shape or dtype.
@@ -157,7 +188,9 @@ def as_one(parts: Mapping[str, TaskData]) -> TaskData:
     tasks = tuple(dataclasses.replace(part.task, name=name) for name, part in parts.items())
     transform = _OwnTransform(tuple(part.transform for part in parts.values()), _blank(parts))
     joined = {split: Joined([part.splits[split] for part in parts.values()]) for split in splits[0]}
-    return TaskData(ManyTasks(tasks), joined, transform)
+    # Rounded, so that what a machine's last bit makes of a share is no other mixture.
+    many = ManyTasks(tasks) if shares is None else MixedTasks(tasks, shares=tuple(round(shares[n], 12) for n in parts))
+    return TaskData(many, joined, transform)
 
 
 def apart(parts: Mapping[str, TaskData], found: Mapping[str, np.ndarray], split: str) -> dict[str, dict[str, Any]]:

@@ -133,13 +133,16 @@ class Sharing:
     Attributes:
         backbone: the backbone.
         parts: the tasks with their data, by name; without splits they can be counted but not trained. All have as many
-            training examples; where one has fewer validation examples, it counts less in the choice of learning rates.
+            training examples, unless shares say otherwise; where one has fewer validation examples, it counts less in
+            the choice of learning rates.
         adapter: the bottleneck that sits on every block's MLP.
         budget: what every way gets; ``batch_size`` is that of all tasks together.
         rates: by pace, the learning rates from which one is chosen on validation data.
         compute: how the backbone is run.
         mesh: where.
         folder: where runs are kept.
+        shares: each task's share of the training examples, by which it counts in the loss, and by which a model of its
+            own gets its batch; equal if None.
     """
 
     backbone: Backbone
@@ -150,11 +153,12 @@ class Sharing:
     compute: Compute
     mesh: jax.sharding.Mesh
     folder: Path
+    shares: Mapping[str, float] | None = None
 
     def __post_init__(self):
         if len(self.parts) < 2:
             raise UserError(f"sharing needs at least 2 tasks; got {', '.join(self.parts) or 'none'}")
-        if self.budget.batch_size % len(self.parts):
+        if self.shares is None and self.budget.batch_size % len(self.parts):
             raise UserError(
                 f"batch_size {self.budget.batch_size} cannot be shared equally by {len(self.parts)} tasks; give a "
                 f"multiple of {len(self.parts)}"
@@ -162,9 +166,29 @@ class Sharing:
         if self.budget.steps < 2:
             raise UserError("steps must be at least 2: AdapterFusion has two stages")
         sizes = {name: len(part.splits["train"]) for name, part in self.parts.items() if "train" in part.splits}
-        if len(set(sizes.values())) > 1:
+        if self.shares is None and len(set(sizes.values())) > 1:
             told = ", ".join(f"{name} has {size:,}" for name, size in sizes.items())
             raise UserError(f"tasks need equally many train examples; {told}. Ask for as many as all have")
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Each task's share of the batch: what a model of its own is trained with."""
+        whole = self.budget.batch_size
+        if self.shares is None:
+            return dict.fromkeys(self.parts, whole // len(self.parts))
+        return {task: max(1, round(whole * self.shares[task])) for task in self.parts}
+
+    def drawn(self, name: str) -> dict[str, int]:
+        """How many training examples of each task a run of a way takes, with the first seed; nothing is trained."""
+        if _way(name).own_models:
+            return {task: self.budget.steps * own for task, own in self.batch_sizes.items()}
+        stages = [(as_one(self.parts, self.shares), self.budget.steps)]
+        if WAYS[name].rules == "adapter_fusion":
+            steps = self.budget.steps // 2
+            stages = [(self._half(0), steps), (self._half(1), self.budget.steps - steps)]
+        batch, seed = self.budget.batch_size, self.budget.seeds[0]
+        counts = np.sum([data.splits["train"].drawn(steps * batch, seed) for data, steps in stages], axis=0)
+        return dict(zip(self.parts, counts.tolist(), strict=True))
 
     def tables(self, name: str) -> list[ResolvedTable]:
         """What is trained in a way: a table for each model or stage; nothing is computed."""
@@ -172,7 +196,7 @@ class Sharing:
         if way.own_models:
             alone = [as_one({task: part}) for task, part in self.parts.items()]
             return [self._comparison(data, name).table(self._variant(name)) for data in alone]
-        given = self._comparison(as_one(self.parts), name)
+        given = self._comparison(as_one(self.parts, self.shares), name)
         if way.rules != "adapter_fusion":
             return [given.table(self._variant(name))]
         return [given.table(self._first(name)), given.table(self._second(name, self._fused_plan()))]
@@ -201,7 +225,7 @@ class Sharing:
             return self._run_own_models(name)
         if way.rules == "adapter_fusion":
             return self._run_fusion(name)
-        data = as_one(self.parts)
+        data = as_one(self.parts, self.shares)
         if routes is not None:
             data = dataclasses.replace(data, probes={"sent": Probe(Sent(data.splits["test"], routes))})
         outcome = self._comparison(data, name).run(self._variant(name))
@@ -215,9 +239,9 @@ class Sharing:
 
     def _run_own_models(self, name: str) -> Shared:
         """A model for each task, of its share of the batch."""
-        budget = dataclasses.replace(self.budget, batch_size=self.budget.batch_size // len(self.parts))
+        budgets = {task: dataclasses.replace(self.budget, batch_size=own) for task, own in self.batch_sizes.items()}
         outcomes = {
-            task: self._comparison(as_one({task: part}), f"{name}/{task}", budget).run(self._variant(name))
+            task: self._comparison(as_one({task: part}), f"{name}/{task}", budgets[task]).run(self._variant(name))
             for task, part in self.parts.items()
         }
         told = {task: outcome.predictions["test"] for task, outcome in outcomes.items()}
@@ -310,7 +334,7 @@ class Sharing:
             train = part.splits["train"]
             own = Chosen(train, np.arange(stage, len(train), 2))
             halved[task] = dataclasses.replace(part, splits={**part.splits, "train": own})
-        return as_one(halved)
+        return as_one(halved, self.shares)
 
 
 def _way(name: str) -> Way:

@@ -35,13 +35,15 @@ class Member:
 TASKS: Mapping[str, Member] = {
     "defects": Member("textile defects", "classification", "textile_defects", Generated(1_200, 200, 600)),
     "easy_vqa": Member("easy-VQA", "vqa", "easy_vqa"),
+    "scene_shapes": Member("scene shapes", "classification"),
     "scene_vqa": Member("scene questions", "vqa"),
     "retrieval": Member("retrieval R@1", "retrieval"),
     "grounding": Member("grounding", "grounding"),
     "statements": Member("statements", "matching"),
 }
-"""The tasks by name. Defects are of three classes; pictures look for their caption among 256; a phrase is grounded
-where its box and the annotated one have an intersection over union of 0.5."""
+"""The tasks by name. Defects are of three classes, and shapes of eight, those of a scene's only object; pictures look
+for their caption among 256; a phrase is grounded where its box and the annotated one have an intersection over union of
+0.5."""
 
 
 def member_data(
@@ -68,6 +70,12 @@ def member_data(
     if len(splits["train"]) < sizes.train:
         splits["train"] = Chosen(splits["train"], np.arange(sizes.train) % len(splits["train"]))
     return data_of_kind(found.kind, found.labels, setup, backbone, splits)
+
+
+def member_examples(name: str, sizes: Generated) -> int:
+    """How many different training examples a task of the set has where these are asked for."""
+    there = TASKS[name].there
+    return sizes.train if there is None else min(sizes.train, there.train)
 
 
 def member_labels(name: str, sizes: Generated, text_length: int, data_dir: str) -> Labels:

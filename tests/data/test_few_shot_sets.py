@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tfds_prepared import prepare
 
 from vla_jax.data.few_shot_sets import FEW_SHOT_SETS, few_shot_set, load_tfds_few_shot
 from vla_jax.errors import UserError
@@ -28,36 +29,6 @@ CLASSES = {
     "dtd": (47, {0: "banded", 46: "zigzagged"}),
     "eurosat": (10, {0: "Annual Crop Land", 9: "Sea or Lake"}),
 }
-
-
-def png(level):
-    file = io.BytesIO()
-    Image.fromarray(np.full((64, 64, 3), level, np.uint8)).save(file, "PNG")
-    file.seek(0)
-    return file
-
-
-def prepare(name, data_dir, monkeypatch, labels=(1, 0, 2)):
-    """Has TFDS's own builder prepare three pictures for each of its splits, in place of those it would download."""
-    of = FEW_SHOT_SETS[name]
-    builder = tfds.builder(of.tfds, data_dir=str(data_dir), file_format="array_record")
-    plain = {tfds.features.Text: "", tfds.features.BBoxFeature: tfds.features.BBox(0.0, 0.0, 1.0, 1.0)}
-
-    def examples():
-        for number, label in enumerate(labels):
-            example = {
-                key: plain[type(feature)] for key, feature in builder.info.features.items() if type(feature) in plain
-            }
-            for key, feature in builder.info.features.items():
-                if isinstance(feature, tfds.features.Image):
-                    example[key] = png(10 * label)
-                elif isinstance(feature, tfds.features.ClassLabel):
-                    example[key] = min(label, feature.num_classes - 1)
-            yield number, example
-
-    splits = dict.fromkeys(of.splits.values())
-    monkeypatch.setattr(builder, "_split_generators", lambda manager: {split: examples() for split in splits})
-    builder.download_and_prepare()
 
 
 @pytest.mark.parametrize("name", IN_TFDS)

@@ -160,6 +160,17 @@ def test_the_presets_pass_the_check():
         check(preset)
 
 
+def test_methods_are_put_together_by_name():
+    table = check(dataclasses.replace(PRESETS["smoke"], methods=("tip", "lora+pfeiffer", "stack:pfeiffer:parallel")))
+    methods, trained = (list(table.columns[column].cells) for column in (0, 1))
+    assert methods == ["Tip-Adapter", "LoRA + Pfeiffer", "stack of Pfeiffer, parallel"]
+    alone = check(dataclasses.replace(PRESETS["smoke"], methods=("lora", "pfeiffer", "parallel")))
+    counts = [int(cell.replace(",", "")) for cell in alone.columns[1].cells]
+    # Each has the classifier's temperature, and together they have one.
+    together = [counts[0] + counts[1] - 1, counts[1] + counts[2] - 1]
+    assert [int(cell.replace(",", "")) for cell in trained[1:]] == together
+
+
 def test_a_split_without_a_class_is_named(backbone):
     data = Data(name=OBJECTS, generated=Generated(train=64, validation=31, test=64))
     with pytest.raises(
@@ -172,6 +183,8 @@ def test_a_split_without_a_class_is_named(backbone):
     ("changes", "message"),
     [
         ({"methods": ("tip_g",)}, "unknown method 'tip_g'; did you mean 'tip_f'"),
+        ({"methods": ("lora+pfeifer",)}, "unknown method 'pfeifer'; did you mean 'pfeiffer'"),
+        ({"methods": ("lora+full",)}, "full trains by the rules 'full', which other methods do not"),
         ({"methods": ()}, "methods must name at least one"),
         ({"methods": ("lora", "lora")}, "none twice; given: lora, lora"),
         ({"shots": ()}, "from 1 on and rising"),

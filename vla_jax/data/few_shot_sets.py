@@ -139,6 +139,10 @@ FEW_SHOT_SETS: Mapping[str, FewShotSet] = {
 """The eleven by name."""
 
 
+TFDS_NAMES: Mapping[str, str] = {of.tfds.partition("/")[0]: name for name, of in FEW_SHOT_SETS.items() if of.tfds}
+"""By what TFDS calls a data set, its name here."""
+
+
 def few_shot_set(name: str) -> FewShotSet:
     """One of the eleven.
 
@@ -155,11 +159,18 @@ class Classified:
 
     Attributes:
         class_names: by label.
+        origin: TFDS's name of the data set, with configuration and version.
+        split: the split of TFDS that they are of.
+        start: the first of its examples that is here.
+        stop: the first behind them.
     """
 
-    def __init__(self, source: Source, class_names: Sequence[str], image: str, label: str):
-        self.class_names = tuple(class_names)
-        self._source, self._image, self._label = source, image, label
+    def __init__(
+        self, source: Source, class_names: Sequence[str], of: FewShotSet, origin: str, taken: tuple[str, int, int]
+    ):
+        self.class_names, self.origin = tuple(class_names), origin
+        self.split, self.start, self.stop = taken
+        self._source, self._image, self._label = source, of.image, of.label
 
     def __len__(self) -> int:
         return len(self._source)
@@ -199,9 +210,12 @@ def load_tfds_few_shot(
     builder = tfds.builder(of.tfds, data_dir=str(folder))
     prepare = f"tfds build {of.tfds} --file_format=array_record --data_dir={shlex.quote(str(folder))}"
     if not builder.is_prepared():
+        first = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+        published = f". Or give a manual_dir with CoOp's files of it, which lie in {of.folder}" if of.folder else ""
         raise UserError(
-            f"{of.name} ({of.tfds}) is not in {builder.data_dir}. TFDS prepares it where TensorFlow is installed, and "
-            f"nothing of that is needed here afterwards. There, run: {prepare}"
+            f"{of.name} ({of.tfds}) is not in {builder.data_dir}, and nothing is downloaded. TFDS prepares it where "
+            f"TensorFlow is installed, and nothing of that is needed here afterwards. There, run: {prepare}"
+            f"{published}{'. What that needs first: ' + first if first else ''}"
         )
     if builder.info.file_format.value != "array_record":
         raise UserError(
@@ -209,14 +223,15 @@ def load_tfds_few_shot(
             f"that is installed, run: {prepare} --overwrite"
         )
     theirs = of.splits[base] + split[len(base) :]
-    split_range(theirs, builder.info.splits[of.splits[base]].num_examples)
+    taken = (of.splits[base], *split_range(theirs, builder.info.splits[of.splits[base]].num_examples))
     names = _class_names(of, builder.info.features[of.label].names, class_names)
     encoded = {
         key: tfds.decode.SkipDecoding()
         for key, feature in builder.info.features.items()
         if isinstance(feature, tfds.features.Image)
     }
-    return Classified(builder.as_data_source(split=theirs, decoders=encoded), names, of.image, of.label)
+    source = builder.as_data_source(split=theirs, decoders=encoded)
+    return Classified(source, names, of, builder.info.full_name, taken)
 
 
 def _class_names(of: FewShotSet, labels: Sequence[str], file: str | Path | None) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from vla_jax.data.mixing import Interleaving
 from vla_jax.data.mixture import Mixture, check_setup
 from vla_jax.data.pipeline import BatchIterator, Pipeline
-from vla_jax.data.stages import Guarded, Row, Source, Transform, shuffled
+from vla_jax.data.stages import Guarded, Numbered, Row, Source, Transform, shuffled
 from vla_jax.errors import UserError
 
 
@@ -35,6 +35,21 @@ class Joined:
         route = int(np.searchsorted(self.ends, index, side="right"))
         start = self.ends[route] - len(self._sources[route])
         return dict(self._sources[route][int(index) - start]) | {"route": route}
+
+    def drawn(self, rows: int, seed: int) -> list[int]:
+        """How many examples of each task training takes, where all are shuffled as one; none is read.
+
+        Args:
+            rows: examples of all tasks that are taken, from the first one on.
+            seed: of the training :class:`~vla_jax.data.pipeline.Pipeline`. Its order is meant without data workers, and
+                with every picture readable.
+        """
+        passes, rest = divmod(rows, len(self))
+        places = range(len(self))
+        order = shuffled(Numbered(places, len(places)).seed(seed), seed).repeat()
+        taken = [order[passes * len(self) + row][0] for row in range(rest)]
+        begun = np.bincount(np.searchsorted(self.ends, taken, side="right"), minlength=len(self._sources))
+        return [passes * len(source) + int(count) for source, count in zip(self._sources, begun, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
