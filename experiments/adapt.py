@@ -14,7 +14,8 @@ everything that is wrong with it, and decodes every picture.
 In the work directory: ``results.{md,csv,jsonl}`` with the task's measures on validation and test data and their 95 %
 intervals, ``groups.*`` with the foremost one by class and by kind of question or statement, where rows say it,
 ``retrieval.*`` with recall, median rank and mean average precision among a whole split, all captions of a picture
-counted, ``predictions_{validation,test}.jsonl`` with a line for each example, ``labels.json`` with what the head
+counted (``--config.rerank.adapters`` names a saved model that puts the best candidates in order, such as a fusion
+adapter's), ``predictions_{validation,test}.jsonl`` with a line for each example, ``labels.json`` with what the head
 chooses from, and below ``runs`` the adapters, logs and checkpoints. The same command goes on with what is unfinished.
 """
 
@@ -43,10 +44,12 @@ from vla_jax.data.each_caption import EachCaption
 from vla_jax.data.stages import Source
 from vla_jax.data_sets import Data, Found, Generated, find, splits_of
 from vla_jax.errors import UserError, unknown
+from vla_jax.exchange.checkpoints import form_of
 from vla_jax.model import AdaptedModel
 from vla_jax.reporting.details import GROUPED, MORE, RETRIEVED, grouped, retrieved, summarised
 from vla_jax.reporting.predictions import measured, pictures_of, write_predictions
 from vla_jax.reporting.table import Column, Table, write_atomically
+from vla_jax.reranking import Judge, Rerank
 from vla_jax.run_config import RunConfig
 from vla_jax.task_kinds import (
     MEASURES,
@@ -81,6 +84,7 @@ class Config(RunConfig):
             method's paper if empty.
         data: which data.
         setup: how the task is put to the backbone.
+        rerank: of retrieval, a second stage among whole splits.
         budget: steps, batch, seeds and optimiser.
         kept_gib: how much memory may hold what the frozen blocks below the first adapter make of the data, so that it
             is computed once; 0 computes it in every step.
@@ -93,6 +97,7 @@ class Config(RunConfig):
     layers: str = ""
     data: Data = dataclasses.field(default_factory=Data)
     setup: Setup = dataclasses.field(default_factory=Setup)
+    rerank: Rerank = dataclasses.field(default_factory=Rerank)
     budget: Budget = dataclasses.field(
         default_factory=lambda: Budget(
             steps=500,
@@ -208,6 +213,7 @@ def check(config: Config) -> Any:
     comparison = Comparison(shapes, data, config.budget, config.compute, mesh, Path())
     model, table = comparison.model(chosen), comparison.table(chosen)
     _check_pairs(found, model.plan, config.method)
+    _check_rerank(found, config.rerank)
     model.check_room(config.setup.length(shapes))
     report = rich.table.Table(title=f"adapt, {config.preset}: {config.backbone}", show_header=False)
     sites = "; ".join(f"{p.method.kind} in {', '.join(p.slots)}, {p.layers} layers" for p in chosen.placements)
@@ -230,8 +236,17 @@ def _check_pairs(found: Found, plan: Plan, method: str) -> None:
     if found.kind == "retrieval" and plan.needs_pairs:
         raise UserError(
             f"{method} makes a picture's features depend on the text beside it, and retrieval compares them with those "
-            "of every other text; choose another method or task"
+            "of every other text; choose another method or task, or have a trained one of it re-rank with "
+            "--config.rerank.adapters"
         )
+
+
+def _check_rerank(found: Found, rerank: Rerank) -> None:
+    if not rerank.adapters:
+        return
+    if found.kind != "retrieval":
+        raise UserError(f"rerank is a second stage of retrieval, and the task is {found.kind}; leave it out")
+    form_of(Path(rerank.adapters).expanduser())
 
 
 def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
@@ -258,6 +273,9 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
         raise UserError(f"streams_dir keeps what is the same in every pass, but {changes} in each; leave it out")
     chosen = _as_shown(variant(config, backbone), found, config.setup)
     _check_pairs(found, comparison.model(chosen).plan, config.method)
+    judge = None
+    if config.rerank.adapters:  # before training, so that what it lacks is said at once
+        judge = Judge(config.rerank, backbone, data.transform, config.budget.batch_size, comparison.mesh)
     outcome = comparison.run(chosen)
     if found.labels.names:
         write_atomically(workdir / "labels.json", json.dumps(found.labels.names, ensure_ascii=False, indent=0))
@@ -269,7 +287,7 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
     told = _told(found, rows[0])
     Table([*told, *_COSTS], rows, title=title).write(workdir, "results")
     _print(Table(told, rows, title=title).terminal())
-    for name, table in _details(found, data, outcome, title).items():
+    for name, table in _details(found, data, outcome, title, judge).items():
         table.write(workdir, name)
         _print(table.terminal())
     costs = (f"{column.title} {column.show(rows[0][column.name])[0]} {column.unit}".strip() for column in _COSTS)
@@ -292,7 +310,7 @@ def _each_caption(found: Found, data: TaskData, setup: Setup, backbone: Backbone
     }
 
 
-def _details(found: Found, data: TaskData, outcome: Outcome, title: str) -> dict[str, Table]:
+def _details(found: Found, data: TaskData, outcome: Outcome, title: str, judge: Judge | None) -> dict[str, Table]:
     """What more there is to say, by the name of its file: by class and kind, and of retrieval among whole splits."""
     groups = [
         {"split": split} | row
@@ -302,11 +320,13 @@ def _details(found: Found, data: TaskData, outcome: Outcome, title: str) -> dict
     tables = {"groups": Table(GROUPED, groups, title=title)} if groups else {}
     ranked = []
     for split in _TOLD if found.kind == "retrieval" else ():
-        pairs = outcome.predictions[f"{split}_captions"]
-        pictures = data.probes[f"{split}_captions"].source.owner[pairs["index"][0]]
+        pairs, captions = outcome.predictions[f"{split}_captions"], data.probes[f"{split}_captions"].source
+        place = pairs["index"][0]
         images, texts = pairs["image_feature"], pairs["text_feature"]
-        _, first, owner = np.unique(pictures, return_index=True, return_inverse=True)  # torn pictures are left out
-        ranked += [{"split": split} | row for row in retrieved(images[:, first], texts, owner)]
+        # Torn pictures are left out.
+        pictures, first, owner = np.unique(captions.owner[place], return_index=True, return_inverse=True)
+        second = None if judge is None else (judge.name, judge.stage(captions, place, pictures, owner))
+        ranked += [{"split": split} | row for row in retrieved(images[:, first], texts, owner, second)]
     return tables | ({"retrieval": Table(RETRIEVED, ranked, title=title)} if ranked else {})
 
 

@@ -211,7 +211,7 @@ def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
                 scores[name, negatives] = as_scores(found, outcome.variant.modalities)
                 rows[name, negatives] = _row(name, negatives, outcome, scores[name, negatives], probe)
                 _compare(rows, scores)
-                ordered = [rows[key] for key in _order(config) if key in rows]
+                ordered = [rows[key] for key in _order(config) if key in rows] + [_constant(probe)]
                 compositionality_report.write(ordered, config.backbone, workdir)
     rich.print(compositionality_report.table(ordered, config.backbone).terminal())
     rich.print(f"tables, figures and runs: {workdir}")
@@ -236,9 +236,8 @@ def _data(
 
 def _row(name: str, negatives: str, outcome: Outcome, scores: np.ndarray, probe: SceneProbe) -> dict[str, Any]:
     """What the table says of one model."""
-    model, judged = MODELS[name], winoground.evaluate(scores)
-    swaps, objects = probe.difficulty
-    row: dict[str, Any] = {
+    model = MODELS[name]
+    return {
         "name": name,
         "variant": model.title,
         "scorer": model.scorer,
@@ -248,8 +247,22 @@ def _row(name: str, negatives: str, outcome: Outcome, scores: np.ndarray, probe:
         "share": outcome.table.share_of_backbone / 100,
         "learning_rate": outcome.learning_rate,
         "pairs": accuracy(outcome.predictions["test"]["correct"]),
-        "difficulty": scene_probe.by_difficulty(scores, swaps, objects),
-    }
+    } | _judged(scores, probe)
+
+
+def _constant(probe: SceneProbe) -> dict[str, Any]:
+    """The row of a judge that says the same of every pair."""
+    told = {"name": "constant", "variant": "constant (control)", "scorer": "constant", "negatives": "none"}
+    told |= {"group": "control", "trained": 0, "share": 0.0}
+    judged = _judged(np.zeros((1, len(probe), 2, 2)), probe)
+    del judged["difficulty"]  # it is nought everywhere
+    return told | judged
+
+
+def _judged(scores: np.ndarray, probe: SceneProbe) -> dict[str, Any]:
+    """What scores ``[seeds, quadruples, captions, pictures]`` say of the quadruples."""
+    judged, (swaps, objects) = winoground.evaluate(scores), probe.difficulty
+    row: dict[str, Any] = {"difficulty": scene_probe.by_difficulty(scores, swaps, objects)}
     row |= {f"{part}_score": getattr(judged, part) for part in winoground.CHANCE}
     row |= {f"{part}_ties": getattr(judged, f"{part}_ties") for part in winoground.CHANCE}
     for swap in SWAPS:

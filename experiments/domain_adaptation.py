@@ -39,7 +39,7 @@ from vla_jax.data.pipeline import Pipeline
 from vla_jax.domain_data import DOMAINS, Domain, DomainSizes, describe, domain, domain_task
 from vla_jax.domain_results import DomainResults, Tried
 from vla_jax.errors import UserError
-from vla_jax.evaluation.forgetting import Kept, OldDomain
+from vla_jax.evaluation.forgetting import MEASURES, Kept, OldDomain
 from vla_jax.evaluation.scene_zero_shot import SceneQuestions
 from vla_jax.evaluation.statistics import Interval, accuracy
 from vla_jax.model import AdaptedModel
@@ -267,7 +267,7 @@ def _ask(old: OldDomain, comparison: Comparison, outcome: Outcome, seed: int) ->
 
 
 def _kept(path: Path, ask: Callable[[], Kept]) -> Kept:
-    """What was asked once and kept, or is asked now."""
-    if not path.is_file():
+    """What was asked once and kept, or is asked now; also where not all of it was asked then."""
+    if not path.is_file() or MEASURES.keys() - Kept.from_bytes(path.read_bytes()).right.keys():
         write_atomically(path, ask().to_bytes())
     return Kept.from_bytes(path.read_bytes())

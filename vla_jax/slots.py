@@ -223,9 +223,21 @@ Insert = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | No
 adapter the ``[batch, features]`` image features, the ``[batch, count, width]`` tokens to insert and who sees them."""
 
 
-Side = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""``side(states, stream, seen) -> stream'``: from the embeddings and every block's output ``[states, batch, tokens,
-width]``, the last stream, and ``bool [#batch, tokens, tokens]``, which token sees which."""
+class Side(Protocol):
+    """What a tower calls beside itself, once its last block is done."""
+
+    readings: Mapping[str, Any]
+    """As :attr:`Slot.readings`."""
+
+    def __call__(self, states: jax.Array, stream: jax.Array, seen: jax.Array) -> jax.Array:
+        """What becomes of the stream.
+
+        Args:
+            states: the embeddings and every block's output, ``[states, batch, tokens, width]``.
+            stream: the last one, ``[batch, tokens, width]``.
+            seen: ``bool [#batch, tokens, tokens]``, which token sees which.
+        """
+        ...
 
 
 class Occupancy(NamedTuple):

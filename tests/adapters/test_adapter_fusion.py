@@ -13,7 +13,7 @@ import small_model
 from settings import BATCH, CONFIG, backbone, count, drawn, inputs, model, site
 
 from vla_jax import names
-from vla_jax.adapters import Average, Bottleneck, Fuse, LoRA, Placement, Share, Stack, compose, fuse, place
+from vla_jax.adapters import Average, Bottleneck, Fuse, Ladder, LoRA, Placement, Share, Stack, compose, fuse, place
 from vla_jax.adapters.adapter_fusion import value_penalty
 from vla_jax.adapters.plan import leaf_shapes
 from vla_jax.errors import UserError
@@ -277,6 +277,27 @@ def test_attention_weights_of_a_routed_batch():
         for tower in ("vision", "text"):
             name = f"fused/{tower}/mlp_out/attention"
             close(mixed[tower][name][:, rows], alone[tower][name][:, rows], 1e-5)
+
+
+def test_attention_weights_over_side_networks():
+    ladders = (("a", Ladder(rank=8, heads=2)), ("b", Ladder(rank=4, heads=1, rungs="every 2nd")))
+    plan = place(Placement(Fuse(ladders), "fused", towers=("vision",)), CONFIG.towers)
+    params = drawn(plan.shapes(), 4, 0.4)
+    readings, _ = attention_of(plan, params)
+    assert not readings["text"]
+    (name,) = readings["vision"]
+    assert name == "fused/vision/side/attention"
+    np.testing.assert_allclose(readings["vision"][name].sum(-1), 1, rtol=1e-6)
+    assert np.std(np.asarray(readings["vision"][name])[..., 0]) > 1e-3
+    # The side network leaves the frozen tower's states as they are.
+    run = lambda weights: model(CONFIG).apply({"params": weights}, *inputs(CONFIG), hidden_states=True)  # noqa: E731
+    states = jax.jit(run)(backbone(CONFIG)).image_hidden
+    group = plan.groups[0]
+    own = jax.tree.map(lambda a: a[0], params["fused"]["vision"]["side"])
+    call = functools.partial(group.method.module(group.site).apply, {"params": own}, mutable=["intermediates"])
+    seen = jnp.ones((BATCH, *[states.shape[2]] * 2), bool)
+    _, sown = jax.jit(jax.vmap(call))(states.swapaxes(0, 1), states[-1], seen)
+    close(readings["vision"][name][0], sown["intermediates"]["attention"][0], 1e-5)
 
 
 def test_a_nested_fusion_has_its_own_name():

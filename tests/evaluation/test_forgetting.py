@@ -70,8 +70,11 @@ def test_before_is_what_the_backbone_can_do(backbone, old):
         "color": 24,
         "image_to_text": 16,
         "text_to_image": 16,
+        "text": 18,
+        "image": 18,
         "group": 18,
     }
+    np.testing.assert_array_equal(found["group"], found["text"] & found["image"])
     assert 0 < found["shape"].mean() < 1  # by chance, since the weights are random
     assert old.before.off is None
 

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score
 
 from vla_jax.errors import UserError
 from vla_jax.evaluation.exact_ranks import Before
-from vla_jax.evaluation.ranking import approximate_top, exact_top, pair_scorer, rerank
+from vla_jax.evaluation.ranking import approximate_top, exact_top, rerank
 from vla_jax.evaluation.retrieval import judge
 
 
@@ -132,27 +132,6 @@ def test_queries_without_a_right_one_among_the_best_are_not_scored():
 
     found = rerank(np.array([9]), np.array([[1, 2]]), np.array([[False, False]]), never)
     np.testing.assert_array_equal(found, [9])
-
-
-@pytest.mark.parametrize("text_queries", [False, True])
-def test_a_pair_scorer_asks_a_model_for_every_pair(text_queries):
-    pictures = np.random.default_rng(0).standard_normal((5, 4, 4, 3)).astype(np.float32)
-    tokens = np.arange(21, dtype=np.int32).reshape(7, 3)
-    sizes = []
-
-    def predict(batch):
-        sizes.append(len(batch["image"]))
-        assert batch["text_mask"].shape == batch["tokens"].shape
-        return {"score": batch["image"].sum((1, 2, 3)) + 100 * batch["tokens"][:, 0] + batch["route"]}
-
-    score = pair_scorer(
-        predict, pictures.__getitem__, tokens, tokens > 0, text_queries=text_queries, batch_size=4, route=2
-    )
-    of_images, of_texts = np.array([0, 4, 4, 2, 1, 0]), np.array([6, 0, 3, 3, 5, 1])
-    given = (of_texts, of_images) if text_queries else (of_images, of_texts)
-    expected = pictures[of_images].sum((1, 2, 3)) + 100 * tokens[of_texts, 0] + 2
-    np.testing.assert_allclose(score(*given), expected, rtol=1e-5)
-    assert sizes == [4, 4]
 
 
 def test_mistakes_are_named():

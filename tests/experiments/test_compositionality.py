@@ -46,7 +46,12 @@ def test_a_small_run_ends_in_tables_and_the_same_rows_again(config, tmp_path, mo
         ("zero_shot", "none"),
         *((name, negatives) for name in ("head_adapters", "fusion", "head_full") for negatives in ("plain", "hard")),
         ("text_only", "hard"),
+        ("constant", "none"),
     ]
+    constant = rows.pop(("constant", "none"))
+    assert [constant[f"{part}_score"].value for part in ("text", "image", "group")] == [0, 0, 0]
+    assert [constant[f"{part}_ties"] for part in ("text", "image", "group")] == [1, 1, 1]
+    assert rows["text_only", "hard"]["image_ties"] == 1
 
     def scores(name, negatives):
         scorer = "cosine" if name == "zero_shot" else "head"
@@ -72,13 +77,13 @@ def test_a_small_run_ends_in_tables_and_the_same_rows_again(config, tmp_path, mo
     for name in ("results.csv", "results.md", "results.png", "difficulty.md"):
         assert (tmp_path / name).stat().st_size > 0, name
     stored = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [(row["name"], row["negatives"]) for row in stored] == list(rows)
+    assert [(row["name"], row["negatives"]) for row in stored] == [*rows, ("constant", "none")]
 
     def no_training(*_, **__):
         raise AssertionError("a finished run was trained again")
 
     monkeypatch.setattr(comparison, "fit", no_training)
-    again = {(row["name"], row["negatives"]): row for row in run(config, tmp_path)}
+    again = {(row["name"], row["negatives"]): row for row in run(config, tmp_path)[:-1]}
     assert {key: row["pairs"] for key, row in again.items()} == {key: row["pairs"] for key, row in rows.items()}
 
 

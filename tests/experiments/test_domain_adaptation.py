@@ -8,13 +8,13 @@ import json
 import numpy as np
 import pytest
 
-from experiments.domain_adaptation import PRESETS, Config, check, run, variants
+from experiments.domain_adaptation import PRESETS, Config, _kept, check, run, variants
 from vla_jax import comparison, names
 from vla_jax.backbones.loading import abstract_backbone
 from vla_jax.data.scenes.vocabulary import SHAPES
 from vla_jax.domain_data import DomainSizes
 from vla_jax.errors import UserError
-from vla_jax.evaluation.forgetting import OldDomain
+from vla_jax.evaluation.forgetting import MEASURES, Kept, OldDomain
 from vla_jax.reporting.page.gallery import make_galleries
 from vla_jax.reporting.page.workdir import read_work_directory
 from vla_jax.training.metrics import run_record
@@ -126,3 +126,18 @@ def test_methods_that_act_on_texts_are_refused(method):
 def test_settings_without_meaning_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(PRESETS["smoke"], **changes)
+
+
+def test_a_model_is_asked_once_and_again_for_what_it_was_not_asked(tmp_path):
+    asked = []
+
+    def ask(measures):
+        asked.append(measures)
+        return Kept({name: np.array([True, False]) for name in measures})
+
+    path = tmp_path / "seed_1.npz"
+    fewer = [name for name in MEASURES if name != "text"]
+    path.write_bytes(Kept({name: np.array([True, False]) for name in fewer}).to_bytes())
+    for _ in range(2):
+        assert _kept(path, lambda: ask(MEASURES)).right.keys() == MEASURES.keys()
+    assert asked == [MEASURES]

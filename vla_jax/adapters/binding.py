@@ -65,7 +65,7 @@ class BoundAdapters:
             if single["tokens"]:
                 insert[tower] = functools.partial(_insert, single["tokens"])
             if single["side"]:
-                side[tower] = functools.partial(_beside, single["side"])
+                side[tower] = _Beside(single["side"])
             embed[tower] = _single(single["embed"])
             projection[tower] = _single(single["projection"])
             in_blocks = [member for member in own if member.group.site.slot not in SINGLE_SLOTS]
@@ -312,17 +312,24 @@ def _insert(
     return tokens, inserted.seen
 
 
-def _beside(members: Sequence[_Member], states: jax.Array, stream: jax.Array, seen: jax.Array) -> jax.Array:
-    """The stream with what runs beside the tower; see :data:`vla_jax.slots.Side`."""
-    batch = stream.shape[0]
-    # The frozen tower is read, never trained through: this is what makes a side network cheap.
-    by_example = jax.lax.stop_gradient(states).swapaxes(0, 1)  # [batch, states, tokens, width]
-    seen = jnp.broadcast_to(seen, (batch, *seen.shape[1:]))
-    for member in members:
-        layer = member.at(0)
-        new, _ = member.apply(layer, (by_example, stream, seen), None)
-        stream = where_on(member.on(layer, batch), new, stream)
-    return stream
+class _Beside:
+    """What runs beside a tower; see :class:`vla_jax.slots.Side`."""
+
+    def __init__(self, members: Sequence[_Member]):
+        self._members = members
+        self.readings: Readings = {}
+
+    def __call__(self, states: jax.Array, stream: jax.Array, seen: jax.Array) -> jax.Array:
+        batch = stream.shape[0]
+        # The frozen tower is read, never trained through: this is what makes a side network cheap.
+        by_example = jax.lax.stop_gradient(states).swapaxes(0, 1)  # [batch, states, tokens, width]
+        seen = jnp.broadcast_to(seen, (batch, *seen.shape[1:]))
+        for member in self._members:
+            layer = member.at(0)
+            new, readings = member.apply(layer, (by_example, stream, seen), None)
+            stream = where_on(member.on(layer, batch), new, stream)
+            self.readings |= readings
+        return stream
 
 
 def _segments(members: Sequence[_Member], depth: int) -> tuple[Segment, ...]:

@@ -166,7 +166,7 @@ class Plan(NamedTuple):
             dropped: ``int32 []``, the adapters in the first so many blocks of every tower are switched off, as
                 :meth:`Group.above` tells them (AdapterDrop; Rücklé et al. 2021); an argument of the compiled program,
                 so that every batch may have its own.
-            inspect: whether modules within the blocks hand out what they sow; those beside a tower do not.
+            inspect: whether modules hand out what they sow; those that make tokens or join two towers do not.
         """
         return BoundAdapters(params, dropped, self, inspect)
 

@@ -344,8 +344,9 @@ def _at_start(embedded: tuple[jax.Array, Inserted | None]) -> tuple[jax.Array, i
 
 def _once(occupancy: Occupancy, tower: str) -> dict[str, jax.Array]:
     """What the slots that a tower has once handed out."""
-    readings = dict(occupancy.embed[tower].readings) | dict(occupancy.projection[tower].readings)
-    return {name: reading[None] for name, reading in readings.items()}
+    slots = [occupancy.embed[tower], occupancy.projection[tower]]
+    slots += [occupancy.side[tower]] if tower in occupancy.side else []
+    return {name: reading[None] for slot in slots for name, reading in slot.readings.items()}
 
 
 def _check_given(after: Prefix | None, images: Given | None, tokens: Given | None, occupancy: Occupancy) -> None:

@@ -17,6 +17,7 @@ class EachCaption:
     An example has the picture's other fields, and ``caption`` instead of ``captions``.
 
     Attributes:
+        source: the pictures.
         owner: int ``[captions]``, which picture of the source each belongs to.
     """
 
@@ -26,7 +27,7 @@ class EachCaption:
         Raises:
             UserError: for a picture without captions.
         """
-        self._source = source
+        self.source = source
         counts = [len(_captions(self._annotation(index))) for index in range(len(source))]
         if 0 in counts:
             raise UserError(f"picture {counts.index(0)} has no captions; leave it out")
@@ -37,14 +38,14 @@ class EachCaption:
         return len(self.owner)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._one(self._source[int(self.owner[index])], index)
+        return self._one(self.source[int(self.owner[index])], index)
 
     def annotation(self, index: int) -> dict[str, Any]:
         """The example without its picture, where the source reads that apart."""
         return self._one(self._annotation(int(self.owner[index])), index)
 
     def _annotation(self, index: int) -> Mapping[str, Any]:
-        return getattr(self._source, "annotation", self._source.__getitem__)(index)
+        return getattr(self.source, "annotation", self.source.__getitem__)(index)
 
     def _one(self, example: Mapping[str, Any], index: int) -> dict[str, Any]:
         chosen = _captions(example)[index - int(self._first[self.owner[index]])]

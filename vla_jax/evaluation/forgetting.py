@@ -23,6 +23,7 @@ from vla_jax.data.cached import evaluate
 from vla_jax.data.image import Preprocess
 from vla_jax.data.pipeline import Pipeline
 from vla_jax.data.text import Tokenize
+from vla_jax.evaluation import winoground
 from vla_jax.evaluation.scene_zero_shot import SceneQuestions
 from vla_jax.evaluation.scorers import Reading
 from vla_jax.foreign import load_arrays
@@ -34,6 +35,8 @@ MEASURES: Mapping[str, str] = {
     "color": "colour",
     "image_to_text": "R@1 to text",
     "text_to_image": "R@1 to picture",
+    "text": "text score",
+    "image": "image score",
     "group": "group score",
 }
 """What is asked, and how it is called in tables."""
@@ -162,7 +165,9 @@ class OldDomain:
             features: of :meth:`features`.
         """
         answers = self.questions.judge(features, self._texts)
-        found = vars(answers) | {"group": np.concatenate(list(answers.group.values()))}
+        found = dict(vars(answers))
+        tags = found.pop("quadruples").values()
+        found |= {part: np.concatenate([getattr(judged, part) for judged in tags]) for part in winoground.CHANCE}
         return {name: found[name] for name in MEASURES}
 
     def _run(self, program: _Program, params: Tree, parts: list[dict[str, object]]) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from vla_jax.errors import UserError
@@ -138,53 +137,6 @@ def rerank(
         passed = ((scores >= of_right[:, place, None]) & wrong).sum(1)
         after[:, place] = np.where(right.sum(1) > place, passed, after[:, place])
     return after.reshape(before.shape)
-
-
-def pair_scorer(
-    predict: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
-    picture: Callable[[int], np.ndarray],
-    tokens: np.ndarray,
-    text_mask: np.ndarray,
-    *,
-    text_queries: bool,
-    batch_size: int = 64,
-    route: int = 0,
-    field: str = "score",
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The scorer that :func:`rerank` takes, of a model that judges pairs.
-
-    Args:
-        predict: compiled ``batch -> results`` of a model with a judge's head, as
-            :meth:`vla_jax.model.AdaptedModel.predict` gives them.
-        picture: gives an image's pixels, float32 ``[size, size, 3]``.
-        tokens: of all texts.
-        text_mask: of all texts.
-        text_queries: whether queries are texts and candidates images; or the other way round.
-        batch_size: pairs at a time.
-        route: of all pairs.
-        field: which result is the score.
-    """
-
-    def score(queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        images, texts = (candidates, queries) if text_queries else (queries, candidates)
-        found = np.empty(len(queries), np.float64)
-        for start in range(0, len(queries), batch_size):
-            count = min(batch_size, len(queries) - start)
-            # The last batch is filled up, so that one program serves all.
-            places = np.minimum(np.arange(start, start + batch_size), len(queries) - 1)
-            distinct, of_row = np.unique(images[places], return_inverse=True)
-            pixels = np.stack([picture(int(place)) for place in distinct])  # each decoded once
-            batch = {
-                "image": pixels[of_row],
-                "tokens": tokens[texts[places]],
-                "text_mask": text_mask[texts[places]],
-                "label": np.zeros(batch_size, np.int32),
-                "route": np.full(batch_size, route, np.int32),
-            }
-            found[start : start + count] = np.asarray(predict(batch)[field])[:count]
-        return found
-
-    return score
 
 
 def _checked_pair(queries: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -106,14 +106,14 @@ class Answers:
         color: of a single object.
         image_to_text: the picture's own description scores strictly highest.
         text_to_image: the description's own picture scores strictly highest.
-        group: by tag, the quadruple's group score.
+        quadruples: by tag, Winoground's text, image and group score of each.
     """
 
     shape: np.ndarray
     color: np.ndarray
     image_to_text: np.ndarray
     text_to_image: np.ndarray
-    group: dict[str, np.ndarray]
+    quadruples: dict[str, winoground.Outcomes]
 
 
 @dataclass(frozen=True)
@@ -183,17 +183,17 @@ class SceneQuestions:
             return chosen == np.array([example[label] for example in self.single])
 
         similarity = described @ captions.T  # [pictures, descriptions]
-        group = {}
+        quadruples = {}
         for tag, seen, said in zip(self.quadruples, pictures, sentences, strict=True):
             two = (len(seen) // 2, 2, -1)
             scores = np.einsum("ncd,nid->nci", said.reshape(two), seen.reshape(two))
-            group[tag] = winoground.outcomes(scores).group
+            quadruples[tag] = winoground.outcomes(scores)
         return Answers(
             shape=classify(shapes, SHAPES, "label"),
             color=classify(colors, _COLOR_NAMES, "color_label"),
             image_to_text=retrieval.ranks(similarity) == 0,
             text_to_image=retrieval.ranks(similarity.T) == 0,
-            group=group,
+            quadruples=quadruples,
         )
 
 
@@ -235,5 +235,5 @@ def zero_shot(
         image_to_text=statistics.accuracy(answers.image_to_text),
         text_to_image=statistics.accuracy(answers.text_to_image),
         candidates=candidates,
-        group={tag: statistics.accuracy(right) for tag, right in answers.group.items()},
+        group={tag: statistics.accuracy(judged.group) for tag, judged in answers.quadruples.items()},
     )

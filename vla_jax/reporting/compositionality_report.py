@@ -25,7 +25,7 @@ def table(rows: Sequence[Row], backbone: str) -> Table:
         Column.difference("against_plain", "group, against plain full"),
         Column.difference("against_independent", "group, against independent"),
         *(Column.accuracy(f"group_{swap}", f"group, {swap}") for swap in SWAPS),
-        Column.percent("group_ties", "ties"),
+        *(Column.percent(f"{part}_ties", f"{part}, ties") for part in winoground.CHANCE),
     ]
     return Table(columns, rows, title=f"What binds words to objects, on {backbone}")
 
@@ -49,7 +49,7 @@ def by_difficulty(rows: Sequence[Row], backbone: str) -> Table:
 def write(rows: Sequence[Row], backbone: str, workdir: Path) -> None:
     """Writes ``results.{md,csv,jsonl,png}`` and ``difficulty.{md,csv,jsonl}`` anew; arguments as of :func:`table`."""
     table(rows, backbone).write(workdir, "results")
-    by_difficulty(rows, backbone).write(workdir, "difficulty")
+    by_difficulty([row for row in rows if "difficulty" in row], backbone).write(workdir, "difficulty")
     panels = [Panel("group_score", "group", winoground.CHANCE["group"])]
     panels += [Panel(f"group_{swap}", f"group, {swap}", winoground.CHANCE["group"]) for swap in SWAPS]
     shown = [dict(row) | {"variant": f"{row['variant']}, {row['negatives']}"} for row in rows]

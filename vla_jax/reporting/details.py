@@ -11,10 +11,11 @@ from vla_jax.data.builders.easy_vqa import QUESTION_KINDS
 from vla_jax.data.stages import Source
 from vla_jax.evaluation import retrieval, vqa
 from vla_jax.evaluation.calibration import calibration
-from vla_jax.evaluation.exact_ranks import count_before
+from vla_jax.evaluation.exact_ranks import Before, count_before
 from vla_jax.evaluation.statistics import accuracy
 from vla_jax.reporting.predictions import interval_of, pictures_of
 from vla_jax.reporting.table import Column
+from vla_jax.reranking import SecondStage
 from vla_jax.task_kinds import MEASURES, Labels, annotation
 
 GROUPED = (
@@ -29,6 +30,7 @@ GROUPED = (
 AT = (1, 5, 10)
 RETRIEVED = (
     Column.text("split", "split"),
+    Column.text("ranked_by", "ranked by"),
     Column.text("query", "query"),
     Column.number("queries", "queries", format=",d"),
     Column.number("candidates", "candidates", format=",d"),
@@ -134,31 +136,49 @@ def _kind(value: Any) -> str:
     return value if isinstance(value, str) else QUESTION_KINDS[int(value)]  # of easy-VQA, as a number
 
 
-def retrieved(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> list[dict[str, Any]]:
+def retrieved(
+    images: np.ndarray,
+    texts: np.ndarray,
+    owner: np.ndarray,
+    second: tuple[str, SecondStage] | None = None,
+) -> list[dict[str, Any]]:
     """Both directions over a whole split, with all captions of a picture.
 
     Args:
         images: float ``[seeds, pictures, width]``, of length one.
         texts: float ``[seeds, captions, width]``, of length one.
         owner: int ``[captions]``, which picture each belongs to.
+        second: the name of a second stage, if there is one, and what it makes of the ranks.
 
     Returns:
-        Two rows of ``query``, ``queries``, ``candidates``, ``recall_1``, ``recall_5`` and ``recall_10`` as far as there
-        are so many candidates, with intervals, ``median_rank`` and ``mean_average_precision``; of several seeds the
-        mean.
+        Two rows of ``ranked_by``, ``query``, ``queries``, ``candidates``, ``recall_1``, ``recall_5`` and ``recall_10``
+        as far as there are so many candidates, with intervals, ``median_rank`` and ``mean_average_precision``; of
+        several seeds the mean. Two more for the second stage.
     """
-    at = [k for k in AT if k <= min(images.shape[1], texts.shape[1])]
     before = [count_before(image, text, owner) for image, text in zip(images, texts, strict=True)]
+    rows = _by_direction("features", before, owner)
+    if second is not None:
+        name, stage = second
+        after = [stage(*each) for each in zip(before, images, texts, strict=True)]
+        rows += _by_direction(name, after, owner)
+    return rows
+
+
+def _by_direction(ranked_by: str, before: Sequence[Before], owner: np.ndarray) -> list[dict[str, Any]]:
+    """A row for pictures that look for captions, and one for captions that look for pictures, of all seeds' ranks."""
+    pictures = len(before[0].image_to_text)
+    at = [k for k in AT if k <= min(pictures, len(owner))]
     each = [retrieval.judge(one, owner, at=at) for one in before]
     first = {
         "image_to_text": np.stack([one.image_to_text[:, 0] for one in before]),
         "text_to_image": np.stack([one.text_to_image for one in before]),
     }
     rows = []
-    for query, name, pictures in (("picture", "image_to_text", None), ("caption", "text_to_image", owner)):
+    for query, name, clusters in (("picture", "image_to_text", None), ("caption", "text_to_image", owner)):
         directions = [getattr(one, name) for one in each]
-        row = {"query": query, "queries": directions[0].queries, "candidates": directions[0].candidates}
-        row |= {f"recall_{k}": accuracy(first[name] < k, pictures) for k in at}
+        row = {"ranked_by": ranked_by, "query": query}
+        row |= {"queries": directions[0].queries, "candidates": directions[0].candidates}
+        row |= {f"recall_{k}": accuracy(first[name] < k, clusters) for k in at}
         for field in ("median_rank", "mean_average_precision"):
             row[field] = float(np.mean([getattr(one, field) for one in directions]))
         rows.append(row)
