@@ -34,6 +34,7 @@ from vla_jax.adapters import (
     ia3,
 )
 from vla_jax.adapters.base import Method
+from vla_jax.adapters.composite import Composite
 from vla_jax.adapters.plan import Plan
 from vla_jax.backbones.clip import CLIP
 from vla_jax.backbones.clip_config import CLIPConfig
@@ -195,12 +196,42 @@ VARIATIONS = frozenset(
         "average_prompts",
         "prefix_made",
         "stack_prefixes",
+        "fusion_gate",
+        "fusion_attention",
+        "fusion_none",
+        "ladder_some_rungs",
+        "bottleneck_normal",
+        "dora_pissa",
+        "affine_shift",
     }
 )
 """Settings that stand where another one of the list stands, and differ in what their module computes alone. What scan,
 mesh and cuts of the tower make of a module there is tested for the others, since compiling takes the time."""
 
 PLACED = [name for name in ALL if name not in VARIATIONS]
+
+
+def kinds(method: Method) -> set[str]:
+    """A method's kind, and those of its children at any depth."""
+    below = [kinds(child) for _, child in method.children] if isinstance(method, Composite) else []
+    return {method.kind}.union(*below)
+
+
+def _families() -> list[str]:
+    """A setting of every kind, those that keep frozen arrays or share weights in ways of their own, all composites."""
+    found: list[str] = []
+    known: set[str] = set()
+    for name in PLACED:
+        placement, own = ALL[name], name in ("dora", "lora_pissa", "lora_alphas", *TIED)
+        shares = own or bool(placement.sharing) or isinstance(placement.method, Composite)
+        if shares or not kinds(placement.method) <= known:
+            found.append(name)
+            known |= kinds(placement.method)
+    return found
+
+
+FAMILIES = _families()
+"""For what takes two compiled gradients of each setting."""
 
 WITHOUT_GRADIENT = r".*/(fuse|side/rungs/attention)/key/bias"
 """Parameters that change nothing by their method's definition: softmax ignores what is added to all of its scores."""

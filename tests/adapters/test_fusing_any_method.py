@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from settings import ALL, BATCH, LENGTH, WITHOUT_GRADIENT, backbone, begun, drawn, inputs, model, shape_for
+from settings import ALL, BATCH, LENGTH, WITHOUT_GRADIENT, backbone, begun, drawn, inputs, kinds, model, shape_for
 
 from vla_jax import names
 from vla_jax.adapters import Fuse, fuse, place
@@ -22,25 +22,19 @@ TASKS = ("a", "b", "c")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def _kinds(method):
-    """A method's kind, and those of its children at any depth."""
-    below = [_kinds(child) for _, child in method.children] if isinstance(method, Composite) else []
-    return {method.kind}.union(*below)
-
-
 def _refused(placement) -> bool:
     return placement.method.joint or any(slot in Fuse.refused for slot in placement.slots)
 
 
 # What the shared list of properties fuses already.
-LISTED = set().union(*(_kinds(one.method) for one in ALL.values() if isinstance(one.method, Fuse)))
+LISTED = set().union(*(kinds(one.method) for one in ALL.values() if isinstance(one.method, Fuse)))
 # One setting a kind is enough, but not where weights are shared in ways of their own.
 FUSED = {}
 for _name, _placement in ALL.items():
-    _known = LISTED.union(*(_kinds(one.method) for one in FUSED.values()))
+    _known = LISTED.union(*(kinds(one.method) for one in FUSED.values()))
     _shares = bool(_placement.sharing) or _placement.tied
     _tables = _placement.ranks or _placement.alphas
-    if not _refused(_placement) and not _tables and (_shares or not _kinds(_placement.method) <= _known):
+    if not _refused(_placement) and not _tables and (_shares or not kinds(_placement.method) <= _known):
         # A composite runs several children for each of the fusion's; at one place it compiles in reasonable time.
         _one_place = {"towers": ("vision",), "slots": _placement.slots[:1]}
         _composite = isinstance(_placement.method, Composite)
@@ -49,9 +43,9 @@ REFUSED = {name: placement for name, placement in ALL.items() if _refused(placem
 
 
 def test_every_kind_is_fused_or_refused():
-    kinds = set().union(*(_kinds(one.method) for one in ALL.values()))
-    tested = set().union(LISTED, *(_kinds(one.method) for one in (*FUSED.values(), *REFUSED.values())))
-    assert kinds == tested
+    known = set().union(*(kinds(one.method) for one in ALL.values()))
+    tested = set().union(LISTED, *(kinds(one.method) for one in (*FUSED.values(), *REFUSED.values())))
+    assert known == tested
     assert {"hyperformer", "mma", "cross_modal", "bottleneck_half_shared", "uniadapter", "lora_tied"} <= set(FUSED)
 
 

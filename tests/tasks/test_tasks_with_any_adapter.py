@@ -62,7 +62,16 @@ TASKS = {
 # Features of one pair are not compared with those of another where they depend on each other; and a joint method has
 # nothing to join in a model that is shown pictures alone.
 WITHOUT_PAIRS = {"retrieval", "prototypes"}
-CASES = [(task, adapter) for task in TASKS for adapter in ADAPTERS if adapter != "fusion" or task not in WITHOUT_PAIRS]
+FITTING = [
+    (task, adapter) for task in TASKS for adapter in ADAPTERS if adapter != "fusion" or task not in WITHOUT_PAIRS
+]
+# Every task with two to four adapters, and every adapter with three tasks or more: neither knows of the other, and
+# compiling all pairs takes minutes. Fusion adapters, which join the towers that some tasks read apart, are with all.
+CASES = [
+    case
+    for case in FITTING
+    if case[1] == "fusion" or (list(TASKS).index(case[0]) + list(ADAPTERS).index(case[1])) % 3 == 0
+]
 
 
 def rows_for(task):
@@ -89,7 +98,7 @@ def rows_for(task):
 @pytest.mark.parametrize(
     ("task", "adapter"),
     [
-        pytest.param(*case, marks=() if case in (("linear", "stack"), ("ranking", "fusion")) else pytest.mark.slow)
+        pytest.param(*case, marks=() if case in (("linear", "bottleneck"), ("ranking", "fusion")) else pytest.mark.slow)
         for case in CASES
     ],
 )
