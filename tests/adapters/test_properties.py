@@ -283,11 +283,14 @@ def test_sharded_equals_unsharded(name):
             route=route,
             key=key,
         )
-        return out.image_features, out.text_features
+        return out.image_features, out.text_features, out.logits
 
     route = jnp.arange(BATCH) % 4 - 1
     placed = jax.device_put((tree, *inputs(config), route), (shardings, *[batch_sharding(mesh)] * 4))
-    _close(run(*placed), _outputs(name, plan, tree["adapters"], route=route, key=key)[:2])
+    features = _outputs(name, plan, tree["adapters"], route=route, key=key)[:2]
+    image, text = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in features)
+    logits = np.exp(tree["backbone"]["logit_scale"]) * (image @ text.T)  # every image with every text of the batch
+    _close(run(*placed), (*features, logits))
 
 
 @every_setting
