@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from vla_jax.backbones.loading import Backbone
 from vla_jax.data.answers import normalise, texts
+from vla_jax.data.builders._manual import ManualBuilder
 from vla_jax.data.flattened import load_examples
 from vla_jax.data.own import TASKS, Own, OwnData, Scan, load_own, task_of
 from vla_jax.data.scenes.sampling import MAX_OBJECTS
@@ -141,11 +142,30 @@ def find(data: Data, task: str, setup: Setup) -> Found:
         origin = f"generated scenes ({SCENES[kind]})"
         return Found(kind, _scene_labels(kind, setup), _fingerprint(described), origin)
     builder = make_builder(data.name, data.data_dir, data.config or None)
+    _check_splits(data, builder)
     fields = _fields(builder.info.features)
     kind = task_of(fields, task)
     described = {"name": data.name, "kind": kind, "config": data.config, "splits": data.splits}
     labels = dataclasses.replace(_named_labels(data, kind, setup, builder), two_pictures="image_0" in fields)
     return Found(kind, labels, _fingerprint(described), data.name)
+
+
+def _check_splits(data: Data, builder: tfds.core.DatasetBuilder) -> None:
+    """Refuses splits that a data set never has, before it is built."""
+    # Others, and those whose splits depend on the configuration, say so once they are built.
+    known = builder.PUBLISHED_SPLITS if isinstance(builder, ManualBuilder) else {}
+    if not known:
+        return
+    for wanted, split in data.splits.items():
+        if (base := split.split("[")[0]) in known:
+            continue
+        advice = (
+            f"give another {wanted}_split"
+            if "train" in known
+            else "it is made to test on: train on other data, and put it to the adapters that were saved, with "
+            "python -m vla_jax.evaluation.probe"
+        )
+        raise UserError(f"{data.name} has no split {base!r}, only {', '.join(known)}; {advice}")
 
 
 def splits_of(data: Data, found: Found, backbone: Backbone) -> dict[str, Source]:

@@ -277,6 +277,11 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_compiled(config, f
         check(dataclasses.replace(config, data=Data(name="coco")))
     with pytest.raises(UserError, match="grounding needs the column phrase and box; the file has answer, image, quest"):
         check(dataclasses.replace(config, task="grounding", data=Data(name="easy_vqa")))
+    for probe in ("winoground", "sugarcrepe", "aro", "valse"):
+        with pytest.raises(UserError, match=f"{probe} has no split 'train', only test; .*vla_jax.evaluation.probe"):
+            check(dataclasses.replace(config, data=Data(name=probe)))
+    with pytest.raises(UserError, match=r"vsr has no split 'minival', only train, .*; give another test_split"):
+        check(dataclasses.replace(config, data=Data(name="vsr", test_split="minival[:5]")))
     renamed = dataclasses.replace(config.data, columns=Columns(caption="titel"))
     with pytest.raises(UserError, match="unknown column 'titel'"):
         check(dataclasses.replace(config, data=renamed))

@@ -220,17 +220,19 @@ class Pipeline:
         """The batches of this process, from the batch ``start`` on."""
         size, group, quick = self.local_batch_size, self.rows_at_once, self._is_quick()
         # Threads read rows side by side while these leave the interpreter alone, as large pictures do. Small ones
-        # spend their time in it, and threads would take its lock from one another many times a row.
-        threads = 1 if quick else min(8, os.cpu_count() or 1)
+        # spend their time in it, and threads would take its lock from one another many times a row. Data workers share
+        # the processors with each other and with this process: more threads than processors cost each row a tenth.
+        threads = 1 if quick else max(1, min(8, (os.cpu_count() or 1) // (self.workers + 1)))
         # Randomness is drawn before the processes take their shares, so that it does not depend on their number.
         if self.training:
             examples = Numbered(self.source, len(self.source)).seed(self.seed)
             rows = self._ordered(examples).random_map(Guarded(self.transform))
-            ahead = 0 if quick else max(threads, math.ceil(2 * size / group))
+            # A thread that is alone hands nothing over.
+            ahead = 0 if threads == 1 else max(threads, math.ceil(2 * size / group))
             reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
             groups = Groups(rows, group, *self._part, start).to_iter_dataset(reading)
             dataset = FullBatches(groups, group, size, self.enough_to_judge, bool(self.workers))
-            if quick and not self.workers:
+            if threads == 1 and not self.workers:
                 dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=2)
         else:
             # Batches are made before the workers take their shares, so that only the last batch is incomplete.
