@@ -1,9 +1,13 @@
 """How many pictures a second go through the input pipeline, beside PyTorch's DataLoader with the same transforms?
 
 Both take the same encoded pictures and texts from memory, shuffled, and decode, resize, normalise and tokenise them
-with the same functions into batches. ``photos`` are JPEG files of 640 by 480 pixels for a backbone of 224; ``scenes``
+with the same function into batches. ``photos`` are JPEG files of 640 by 480 pixels for a backbone of 224; ``scenes``
 are PNG files that have the backbone's size already, so that what a pipeline itself does weighs more. Grain's pipeline
 reads in threads of its process, so that pictures a second of *processor time*, workers' included, say what a core does.
+
+Both stand ready in processes of their own and are measured in turns of a few seconds, so that a machine whose speed
+changes by the minute changes both. A turn begins and ends with everything that is read ahead at its fill, and so counts
+the work of the batches that were taken and no other.
 
     pip install -r requirements-dev.txt
     python benchmarks/data.py --write_readme
@@ -11,6 +15,7 @@ reads in threads of its process, so that pictures a second of *processor time*, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import multiprocessing
@@ -19,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +60,8 @@ COLUMNS = (
 
 TEXT = 48  # tokens, which hold every caption
 
+LENGTH = 1 << 21  # examples: no turn comes to the end of them, where PyTorch's workers would be started again
+
 SCENE_SIZE = 72  # pixels of an edge, as the embedded backbone sees them
 
 Workload = Literal["photos", "scenes"]
@@ -67,9 +75,9 @@ class Options:
         workloads: kinds of pictures.
         workers: numbers of worker processes; 0 is the process itself.
         batch: pictures in a batch.
-        batches: timed batches.
-        warm_up: batches before, while workers start and buffers fill.
-        rounds: how often everything is measured, the frameworks in turns.
+        seconds: of a turn.
+        warm_up: batches before the first, while workers start.
+        rounds: how many turns each has, in pairs.
         output: file that the measurements are appended to, a JSON object a line.
         write_readme: whether to fill the results into README.md.
     """
@@ -77,15 +85,15 @@ class Options:
     workloads: tuple[Workload, ...] = ("photos", "scenes")
     workers: tuple[int, ...] = (0, 1, 2)
     batch: int = 64
-    batches: int = 40
+    seconds: float = 6.0
     warm_up: int = 10
-    rounds: int = 3
+    rounds: int = 8
     output: Path = OUTPUT
     write_readme: bool = False
 
     def __post_init__(self):
-        if min(self.batch, self.batches, self.warm_up, self.rounds) < 1 or min(self.workers, default=0) < 0:
-            raise UserError("batch, batches, warm_up and rounds must be 1 or more, workers 0 or more")
+        if min(self.batch, self.warm_up, self.rounds) < 1 or min(self.workers, default=0) < 0 or self.seconds <= 0:
+            raise UserError("batch, warm_up and rounds must be 1 or more, workers 0 or more, seconds above 0")
 
 
 def make_pictures(workload: Workload, count: int = 256) -> list[dict[str, Any]]:
@@ -117,17 +125,18 @@ def make_pictures(workload: Workload, count: int = 256) -> list[dict[str, Any]]:
     return found
 
 
-def transforms(workload: Workload) -> tuple[Any, Any]:
-    """What both frameworks do to a picture and to a text, ``Preprocess`` and ``Tokenize``."""
+def make_transform(workload: Workload) -> Callable[..., dict[str, Any]]:
+    """What both frameworks do to an example: picture, tokens, label and route of a row."""
     from transformers import CLIPImageProcessorPil
 
     from vla_jax.backbones.loading import load_backbone
     from vla_jax.data.image import Preprocess
+    from vla_jax.data.pipeline import TransformExample
     from vla_jax.data.text import Tokenize
 
     tiny = load_backbone("tiny")
     processor = tiny.image_processor if workload == "scenes" else CLIPImageProcessorPil()
-    return Preprocess(processor), Tokenize(tiny.tokenizer, TEXT)
+    return TransformExample(Preprocess(processor), Tokenize(tiny.tokenizer, TEXT))
 
 
 class Repeated:
@@ -143,45 +152,39 @@ class Repeated:
         return self.examples[index % len(self.examples)]
 
 
-def make_source(options: Options, workload: Workload, training: bool) -> Repeated:
+def make_source(workload: Workload, training: bool) -> Repeated:
     """The examples of both frameworks; without training, each of them once."""
     examples = make_pictures(workload)
-    # PyTorch stops at the end of an epoch: with fewer batches ahead its workers would rest while the last are counted.
-    ahead = 2 * max(1, *options.workers) + 1
-    count = (options.warm_up + options.batches + ahead) * options.batch if training else len(examples)
-    return Repeated(examples, count)
+    return Repeated(examples, LENGTH if training else len(examples))
 
 
-class Pictures:
+class Rows:
     """PyTorch's view of the examples: rows by position, as its collation takes them."""
 
-    def __init__(self, source: Repeated, preprocess: Any, tokenize: Any):
-        self.source, self.preprocess, self.tokenize = source, preprocess, tokenize
+    def __init__(self, source: Repeated, transform: Callable[[dict[str, Any]], dict[str, Any]]):
+        self.source, self.transform = source, transform
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.source[index]
-        tokens, mask = self.tokenize(example["text"])
-        return {"image": self.preprocess(example["image"]), "tokens": tokens, "text_mask": mask}
+        return self.transform(self.source[index])
 
 
 def our_batches(options: Options, workload: Workload, workers: int, training: bool) -> Iterator[Any]:
     """Endless shuffled batches, or one pass in order, of the pipeline."""
-    from vla_jax.data.pipeline import Pipeline, TransformExample
+    from vla_jax.data.pipeline import Pipeline
 
-    transform = TransformExample(*transforms(workload))
-    source = make_source(options, workload, training)
-    return iter(Pipeline(source, transform, options.batch, training, workers=workers))
+    source = make_source(workload, training)
+    return iter(Pipeline(source, make_transform(workload), options.batch, training, workers=workers))
 
 
 def peer_batches(options: Options, workload: Workload, workers: int, training: bool) -> Iterator[Any]:
     """The same of PyTorch."""
     from torch.utils.data import DataLoader
 
-    pictures = Pictures(make_source(options, workload, training), *transforms(workload))
-    return iter(DataLoader(pictures, options.batch, shuffle=training, num_workers=workers, drop_last=training))
+    rows = Rows(make_source(workload, training), make_transform(workload))
+    return iter(DataLoader(rows, options.batch, shuffle=training, num_workers=workers, drop_last=training))
 
 
 FRAMEWORKS: dict[str, Callable[[Options, Workload, int, bool], Iterator[Any]]] = {
@@ -196,7 +199,7 @@ def digest(framework: str, options: Options, workload: Workload) -> str:
 
     batch = next(FRAMEWORKS[framework](options, workload, 0, False))
     found = hashlib.sha256()
-    for name in ("image", "tokens", "text_mask"):
+    for name in ("image", "tokens", "text_mask", "label", "route"):
         found.update(np.ascontiguousarray(batch[name]).tobytes())
     return found.hexdigest()
 
@@ -204,59 +207,122 @@ def digest(framework: str, options: Options, workload: Workload) -> str:
 def processor_seconds() -> float:
     """What this process and its living children have used of processors."""
     ticks = 0
-    for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+    for child in multiprocessing.active_children():
         # Behind the name, which may hold spaces: user and system time are the 12th and 13th fields.
-        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        fields = Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure_framework(framework: str, options: Options, workload: Workload, workers: int) -> dict[str, Any]:
-    """Time of the batches after the first ones: ``seconds``, and ``processor_seconds`` of all processes."""
+def settle() -> None:
+    """Waits until everything that is read ahead is there, and nobody works any more."""
+    used = -1.0
+    while used < (used := processor_seconds()) - 0.02:
+        time.sleep(0.2)
+
+
+def take_turn(batches: Iterator[Any], seconds: float, ahead: int) -> dict[str, Any]:
+    """Takes batches for some seconds.
+
+    Args:
+        batches: with all that is read ahead there.
+        seconds: how long.
+        ahead: batches that may have been there; the clock counts those after them.
+
+    Returns:
+        ``batches`` and the ``processor_seconds`` that their making took; ``clocked`` batches of them and the
+        ``seconds`` in which those came.
+    """
+    settle()
+    used, start, taken, clocked = processor_seconds(), time.perf_counter(), 0, 0.0
+    while taken <= ahead or time.perf_counter() - start < seconds:
+        if taken == ahead:
+            clocked = time.perf_counter()
+        next(batches)
+        taken += 1
+    end = time.perf_counter()
+    settle()
+    return {
+        "batches": taken,
+        "processor_seconds": processor_seconds() - used,
+        "clocked": taken - ahead,
+        "seconds": end - clocked,
+    }
+
+
+def serve(connection: Connection, framework: str, options: Options, workload: Workload, workers: int) -> None:
+    """Takes a turn whenever it is asked to, until told to end."""
     import importlib.metadata
 
     batches = FRAMEWORKS[framework](options, workload, workers, True)
     for _ in range(options.warm_up):
         next(batches)
-    start, used = time.perf_counter(), processor_seconds()
-    for _ in range(options.batches):
-        next(batches)
-    found = {"seconds": time.perf_counter() - start, "processor_seconds": processor_seconds() - used}
+    package = "grain" if framework == "vla_jax" else "torch"
+    versions = {"versions": {package: importlib.metadata.version(package)}}
+    connection.send(None)
+    # Two batches ahead for each worker, or for the process itself, one on its way and one that is being made.
+    while connection.recv():
+        connection.send(take_turn(batches, options.seconds, 2 * max(1, workers) + 2) | versions)
     if framework == "vla_jax":
         batches.close()  # or Grain complains of its workers when the process ends
-    package = "grain" if framework == "vla_jax" else "torch"
-    return found | {
-        "versions": {package: importlib.metadata.version(package)},
-    }
+
+
+@contextlib.contextmanager
+def served(framework: str, options: Options, workload: Workload, workers: int) -> Iterator[Callable[[], Record]]:
+    """A framework that is ready in a process of its own; what is given takes a turn."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(theirs, framework, options, workload, workers))
+    process.start()
+    theirs.close()
+
+    def turn() -> Record:
+        ours.send(True)
+        return ours.recv()
+
+    try:
+        ours.recv()
+        yield turn
+        ours.send(False)
+        process.join()
+    finally:
+        process.terminate()
 
 
 def measure(options: Options) -> list[Record]:
     """Runs every case, appends its records to ``options.output`` and returns them."""
     run, records = started("data"), []
-    fields = {"batch": options.batch, "batches": options.batches}
     cases = [(workload, workers) for workload in options.workloads for workers in options.workers]
     with Progress() as progress:
         task = progress.add_task("", total=len(cases) * options.rounds * len(FRAMEWORKS))
         for workload in options.workloads:
             if len({alone(digest, framework, options, workload) for framework in FRAMEWORKS}) > 1:
                 raise RuntimeError(f"{workload}: the frameworks' batches differ")
-        for round_ in range(options.rounds):
-            for workload, workers in cases:
-                # Each is first in every other round.
-                for framework in list(FRAMEWORKS)[:: 1 if round_ % 2 == 0 else -1]:
-                    progress.update(task, description=f"{workload}, {workers} workers, {framework}")
-                    found = alone(measure_framework, framework, options, workload, workers)
-                    case = {"workload": workload, "workers": workers, "framework": framework, "round": round_}
-                    records.append(run | fields | case | found)
-                    append_record(options.output, records[-1])
-                    progress.advance(task)
+        for workload, workers in cases:
+            progress.update(task, description=f"{workload}, {workers} workers")
+            with contextlib.ExitStack() as stack:
+                ready = {name: stack.enter_context(served(name, options, workload, workers)) for name in FRAMEWORKS}
+                for round_ in range(options.rounds):
+                    # Each is first in every other round.
+                    for framework in list(FRAMEWORKS)[:: 1 if round_ % 2 == 0 else -1]:
+                        case = {"workload": workload, "workers": workers, "framework": framework, "round": round_}
+                        records.append(run | {"batch": options.batch} | case | ready[framework]())
+                        append_record(options.output, records[-1])
+                        progress.advance(task)
     return records
 
 
-def rates(records: Sequence[Record], workload: str, workers: int, framework: str, field: str) -> Spread:
-    """Pictures a second over the rounds, by ``seconds`` or by ``processor_seconds``."""
+def rates(records: Sequence[Record], workload: str, workers: int, framework: str, by: str) -> list[float]:
+    """Pictures a second of each round, by the ``clock`` or of a ``core``."""
+    count, seconds = {"clock": ("clocked", "seconds"), "core": ("batches", "processor_seconds")}[by]
     own = [r for r in records if (r["workload"], r["workers"], r["framework"]) == (workload, workers, framework)]
-    return Spread.of(record["batch"] * record["batches"] / record[field] for record in own)
+    return [record["batch"] * record[count] / record[seconds] for record in own]
+
+
+def advantage(records: Sequence[Record], workload: str, workers: int) -> Spread:
+    """Our pictures for one of the peer's, of a core: round by round, in which the machine was most nearly the same."""
+    ours, peer = (rates(records, workload, workers, framework, "core") for framework in FRAMEWORKS)
+    return Spread.of(own / other for own, other in zip(ours, peer, strict=True))
 
 
 def cases_of(records: Sequence[Record]) -> list[tuple[str, int]]:
@@ -268,13 +334,12 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
     """One row a case under :data:`COLUMNS`."""
     found = []
     for workload, workers in cases_of(records):
-        by_time, by_core = (
-            [rates(records, workload, workers, framework, field) for framework in FRAMEWORKS]
-            for field in ("seconds", "processor_seconds")
-        )
-        ratio = by_core[0].median / by_core[1].median
-        spreads = [spread.text(0) for spread in (*by_time, *by_core)]
-        found.append([workload, str(workers), *spreads, f"{ratio:.2f}"])
+        spreads = [
+            Spread.of(rates(records, workload, workers, framework, by)).text(0)
+            for by in ("clock", "core")
+            for framework in FRAMEWORKS
+        ]
+        found.append([workload, str(workers), *spreads, advantage(records, workload, workers).text(2)])
     return found
 
 
@@ -284,13 +349,14 @@ def section(records: Sequence[Record]) -> str:
     first = records[0]
     versions = {name: value for record in records for name, value in record["versions"].items()}
     lines = [
-        f"Run of {first['run']}, batches of {first['batch']}, {first['batches']} timed:",
+        f"Run of {first['run']}, batches of {first['batch']}:",
         "",
         f"    {first['command']}",
         "",
         machine_line(first | {"device": "cpu", "device_name": "cpu"}),
         f"- Python {first['machine']['python']}, " + ", ".join(f"{n} {v}" for n, v in sorted(versions.items())),
-        "- medians of the rounds with their quartiles; a second of a core counts all processes and threads",
+        f"- medians of {1 + max(record['round'] for record in records)} turns with their quartiles, ratios of turns in "
+        "succession; a second of a core counts all processes and threads",
         "",
         markdown(COLUMNS, rows(records), 1),
         "",
@@ -298,9 +364,9 @@ def section(records: Sequence[Record]) -> str:
         "",
     ]
     for workload, workers in cases_of(records):
-        ours, peer = (rates(records, workload, workers, name, "processor_seconds").median for name in FRAMEWORKS)
-        verdict = "met" if ours >= peer else "**missed**"
-        lines.append(f"- {workload}, {workers} workers: {verdict} ({ours / peer:.2f} times as many).")
+        ratio = advantage(records, workload, workers).median
+        verdict = "met" if ratio >= 1 else "**missed**"
+        lines.append(f"- {workload}, {workers} workers: {verdict} ({ratio:.2f} times as many).")
     return "\n".join(lines)
 
 
