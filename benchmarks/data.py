@@ -366,7 +366,7 @@ def section(records: Sequence[Record]) -> str:
     for workload, workers in cases_of(records):
         ratio = advantage(records, workload, workers).median
         verdict = "met" if ratio >= 1 else "**missed**"
-        lines.append(f"- {workload}, {workers} workers: {verdict} ({ratio:.2f} times as many).")
+        lines.append(f"- {workload}, {workers} workers: {verdict} ({ratio:.3f} times as many).")
     return "\n".join(lines)
 
 
